@@ -1,0 +1,81 @@
+# make demo: both phases on this machine, then a look at the store.  make test: the tests.  Either makes .venv first.
+
+VENV ?= .venv
+MARK ?= not slurm and not slow
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# The first of these that is Python 3.11 to 3.13. Another one: make PYTHON=/path/to/python3.12 …
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c '$(IN_RANGE)' >/dev/null 2>&1 && echo $(p))))
+IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+SQL := select row, round(ref_chosen_logps, 1) as chosen, round(ref_rejected_logps, 1) as rejected, \
+	round(ref_chosen_logps / num_chosen_tokens - ref_rejected_logps / num_rejected_tokens, 3) as margin_per_token \
+	from pairs order by margin_per_token limit 5
+
+.PHONY: help demo test test-slurm test-all lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    both phases with a tiny model: a reference store in store/demo, a DPO run in runs/demo (two minutes)"
+	@echo "make test    the tests, but those of the next two lines"
+	@echo "make test-slurm  the batch scripts on real Slurm daemons, installed if absent (root; ten minutes)"
+	@echo "make test-all    all of them, packed ZeRO-2 training against TRL's too: what CI runs"
+	@echo "make lint    ruff"
+	@echo "make clean   remove what the demo, the tests and the linter made; $(VENV) stays"
+	@echo "make $(VENV)   only the environment; demo, test and lint make it themselves"
+
+$(VENV): $(INSTALLED)
+
+# torch comes first: packages that look for it while they are built then find it. g++ and Python's headers are for DeepSpeed, which compiles
+# its CPU operator at first use.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found (python3 is $$(python3 --version 2>&1)). Debian, Ubuntu: sudo apt-get install python3 python3-venv python3-dev. Elsewhere: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(IN_RANGE)' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); this project needs Python 3.11, 3.12 or 3.13." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. Debian, Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ not found; DeepSpeed compiles its CPU operator with it. Debian, Ubuntu: sudo apt-get install g++" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || { echo "Python.h not found; DeepSpeed's CPU operator needs it. Debian, Ubuntu: sudo apt-get install python3-dev" >&2; exit 1; }
+	@echo "Installing into $(VENV) ($$($(PYTHON) --version)). The first time this takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@for old in store/demo runs/demo; do if [ -e $$old ]; then echo "Removing $$old of an earlier demo"; rm -rf $$old; fi; done
+	@printf '\n== 1 of 3 == Score the frozen reference model once, keep its log-probs on disk\n\n$$ python cli.py precompute --dataset demo\n'
+	@$(PY) cli.py precompute --dataset demo
+	@printf '\n== 2 of 3 == Train DPO from the store; no reference model is loaded\n\n$$ python cli.py train --ref-store store/demo\n'
+	@$(PY) cli.py train --ref-store store/demo
+	@printf '\n== 3 of 3 == What lies between: Parquet files that any SQL reads\n\n$$ python cli.py inspect --ref-store store/demo\n'
+	@$(PY) cli.py inspect --ref-store store/demo
+	@printf '\nThe five pairs whose rejected answer the reference likes best compared with the chosen one (nats):\n\n$$ python cli.py inspect --ref-store store/demo --sql "%s"\n' "$(SQL)"
+	@$(PY) cli.py inspect --ref-store store/demo --sql "$(SQL)"
+	@printf '%s\n' '' \
+		'Made:  store/demo   the reference store: token ids and log-probs of every pair, and the identity of the model that gave them' \
+		'       runs/demo    the trained model and the record of its run' \
+		'       demo/model   the model that both phases started from' \
+		'' \
+		'Next:  source $(VENV)/bin/activate' \
+		'       python cli.py inspect --ref-store store/demo                          # read on in SQL' \
+		'       python cli.py verify --ref-store store/demo --model demo/model        # score again, compare' \
+		'       python cli.py precompute --dataset YOURS.jsonl --model DIR_OR_HUB_ID --max-length 2048 --dtype bfloat16' \
+		'       python cli.py train --ref-store store/YOURS'
+
+# One thread per process: several tests start two or three processes of their own.
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m pytest -q -m "$(MARK)"
+
+test-slurm:
+	@$(MAKE) --no-print-directory test MARK=slurm
+
+test-all:
+	@$(MAKE) --no-print-directory test MARK=
+
+lint: $(INSTALLED)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+clean:
+	rm -rf build logs .pytest_cache .ruff_cache .hypothesis *.egg-info demo/model demo/.model-* store/demo runs/demo
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
