@@ -1,0 +1,5 @@
+"""The reference store: sharded, resumable, identified, readable with plain SQL.
+
+This folder is code and shelf at once: files are code, directories are data (`store/think/` is a dataset, `store.reader` a module).
+Needs pyarrow, duckdb and the standard library only, so that a store opens on a login node in well under a second.
+"""

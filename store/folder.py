@@ -1,0 +1,122 @@
+"""Is this folder a store, may it become one, or is it something else? Asked before anything is written or read."""
+
+import os
+import shlex
+from pathlib import Path
+
+from store import disk, record
+from store.errors import InputError, StoreError
+from store.manifest import MANIFEST, Identity, Manifest, check_same
+from store.shard import part_name, parts_in, read_footer
+
+IDENTITY_NOTE = "identity.json"
+"""In the staging folder of an unsealed store: what its shards will say in their footers."""
+
+
+_MAKE = "Make it with: python cli.py precompute --dataset … --ref-store"
+
+
+def prepare_store(store: Path, identity: Identity) -> None:
+    """Make `store` a place where shards of `identity` may be published: create it, or check that it is a store of this identity.
+
+    Any number of workers may call this at once. InputError for a path that is no store and not empty (nothing is touched);
+    StoreError for a store of another identity or a folder that cannot be written.
+    """
+    refuse_non_store(store, for_writing=True)
+    if store.exists() and (stored := stored_identity(store)) is not None:
+        check_same(stored, identity, store)
+        if (store / MANIFEST).exists() and not missing_shards(store, identity):
+            return  # complete: nothing will be written, so nothing need be writable
+    note = store / disk.STAGING / IDENTITY_NOTE
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        if not note.exists():
+            staged = disk.staging_path(store, IDENTITY_NOTE, "tmp")
+            disk.write_new(staged, record.canonical(identity) + b"\n")
+            disk.publish(staged, note)  # another worker may have been first: what it wrote is compared next
+    except OSError as error:
+        if not (store / MANIFEST).exists():  # else another worker sealed, and removed the staging folder under us
+            raise disk.refusal(error, store) from error
+    check_same(stored_identity(store), identity, store)
+
+
+def stored_identity(store: Path) -> Identity | None:
+    """The identity of a store, sealed or not; None if the folder holds nothing yet."""
+    if (store / MANIFEST).exists():
+        return Manifest.load(store / MANIFEST).identity
+    note = store / disk.STAGING / IDENTITY_NOTE
+    if note.exists():
+        try:
+            return Identity.from_json(record.parse(record.read(note), note), note)
+        except StoreError:
+            if not (store / MANIFEST).exists():
+                raise
+            return Manifest.load(store / MANIFEST).identity  # sealed this moment, and the note removed under us
+    parts = parts_in(store)
+    return read_footer(parts[0])[0] if parts else None
+
+
+def refuse_non_store(path: Path, *, for_writing: bool = False) -> None:
+    """InputError unless `path` is a store (or, for writing, does not exist or is empty)."""
+    try:
+        _refuse_non_store(path, for_writing)
+    except PermissionError as error:
+        raise StoreError("may not be read by you", where=error.filename, next="Ask its owner for access.") from error
+
+
+def _refuse_non_store(path: Path, for_writing: bool) -> None:
+    if not path.exists():
+        if for_writing and not path.is_symlink():
+            return
+        what = "a symbolic link to nothing" if path.is_symlink() else "no such folder"
+        stores = _stores_in(path.parent) if path.parent.is_dir() else []
+        beside = f"{path.parent}/ has: {_some(stores)}. " if stores else ""
+        raise InputError(what, where=path, next=f"{beside}{_MAKE} {shlex.quote(str(path))}")
+    if not path.is_dir():
+        raise InputError("a file, not a folder", where=path, next="--ref-store names the folder of a store, such as store/think.")
+    if _is_store(path):
+        return
+    if is_shelf(path):
+        stores = _stores_in(path)
+        what = f"{path}/ is the shelf, not a dataset; on it: {_some(stores) or 'nothing yet'}"
+        raise InputError(what, next=f"Name a dataset on it: --ref-store {shlex.quote(str(path / (stores or ['think'])[0]))}")
+    entries = sorted(entry.name for entry in path.iterdir() if entry.name != disk.STAGING)
+    if not for_writing:
+        raise InputError(
+            "not a reference store",
+            where=path,
+            expected=f"part-*.parquet and {MANIFEST}",
+            found=_some(entries) or "an empty folder",
+            next=f"{_MAKE} {shlex.quote(str(path))}",
+        )
+    if entries:
+        raise InputError(
+            "neither empty nor a reference store; nothing was touched",
+            where=path,
+            found=_some(entries),
+            next="Choose another --ref-store, or empty this folder yourself.",
+        )
+
+
+def is_shelf(path: Path) -> bool:
+    """A folder that keeps stores side by side: the code folder `store/`, or any folder with stores in it."""
+    return (path / "schema.py").exists() or bool(_stores_in(path))
+
+
+def _is_store(path: Path) -> bool:
+    return (path / MANIFEST).exists() or (path / disk.STAGING / IDENTITY_NOTE).exists() or bool(parts_in(path))
+
+
+def _stores_in(path: Path) -> list[str]:
+    readable = (entry for entry in path.iterdir() if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK))
+    return sorted(entry.name for entry in readable if _is_store(entry))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
+
+
+def missing_shards(store: Path, identity: Identity) -> list[int]:
+    """Indices of the shards not present, without opening any."""
+    present = {path.name for path in parts_in(store)}
+    return [index for index in range(identity.num_shards) if part_name(index) not in present]

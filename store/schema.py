@@ -1,0 +1,44 @@
+"""The columns of a shard: names, Arrow types, units. docs/store-format.md says the same for readers in other languages."""
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+"""Version of the file layout. A reader refuses a store of another version."""
+
+SUMS_ONLY = 0
+"""The identity's scorer_version of an imported store: its sums are real, its token values are each sum spread evenly."""
+
+SCHEMA = pa.schema(
+    [
+        # which pair
+        pa.field("pair_id", pa.string(), nullable=False),  # 128-bit content hash of the source row, 32 hex digits
+        pa.field("row", pa.int64(), nullable=False),  # index in the source dataset
+        # what was scored, after truncation; TRL's names
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("chosen_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("rejected_ids", pa.list_(pa.int32()), nullable=False),
+        # sums over the completion's tokens, nats, accumulated in float64 from the float32 token values
+        pa.field("ref_chosen_logps", pa.float64(), nullable=False),
+        pa.field("ref_rejected_logps", pa.float64(), nullable=False),
+        pa.field("num_prompt_tokens", pa.int32(), nullable=False),
+        pa.field("num_chosen_tokens", pa.int32(), nullable=False),
+        pa.field("num_rejected_tokens", pa.int32(), nullable=False),
+        pa.field("chosen_truncated", pa.bool_(), nullable=False),
+        pa.field("rejected_truncated", pa.bool_(), nullable=False),
+        # natural-log probability of each completion token given everything before it, nats
+        pa.field("chosen_token_logps", pa.list_(pa.float32()), nullable=False),
+        pa.field("rejected_token_logps", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+COUNTS = {
+    "chosen_truncated": "chosen sides cut at max_length",
+    "rejected_truncated": "rejected sides cut at max_length",
+    "identical": "chosen and rejected are the same: no preference to learn",
+    "prompt_not_prefix": "the prompt alone is tokenized differently from the prompt inside the conversation; the completion starts where they diverge",
+    "empty_completion": "a completion without text: only the template's or end-of-text tokens are scored",
+    "null_content": "a turn whose content is null",
+    "turn_not_rendered": "the chat template drops or rewrites a turn",
+    "special_token_in_content": "text that contains a special token's spelling is tokenized as that token",
+}
+"""What happened to how many rows: shown after precompute and by `inspect`, kept in footers and manifest with one example each."""
