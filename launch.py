@@ -1,0 +1,155 @@
+"""Which process am I, and starting one process per GPU where no launcher did.
+
+Follows torchrun and accelerate launch (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID, ...). A Slurm array task without srun is a machine
+of its own: it starts its local processes itself, like a laptop.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+
+from stop import SIGNALS, Stopped, passing_on
+from store.errors import InputError
+
+SIGNALS_TO_HANDLE = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun hands on to its ranks before it ends; without SIGUSR1 that would kill it and leave them behind."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that do the same work: `rank` of `world`, and `local_rank` on this machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def launched() -> Process | None:
+    """This process as its launcher numbered it, or None when it was started by hand."""
+    environ = os.environ
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return Process(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
+    # The batch script itself also has SLURM_PROCID; only inside a step did srun number the processes.
+    if environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ:
+        return Process(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"]))
+    return None
+
+
+def begin_at(process: Process) -> float:
+    """Where in the list of missing shards this worker begins, in [0, 1): spread over the tasks of a Slurm array as over ranks. Only saves
+    workers from asking for the same shard at once; any value is right."""
+    environ = os.environ
+    task, tasks = int(environ.get("SLURM_ARRAY_TASK_ID", 0)), int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))
+    first = int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
+    return ((task - first) % tasks * process.world + process.rank) / (tasks * process.world)
+
+
+def num_local_processes(requested: int | None, default_without_gpu: int) -> int:
+    """One per GPU, else `default_without_gpu`; or what was requested. Raises InputError for more than there are GPUs."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if requested is None:
+        return gpus or default_without_gpu
+    if requested < 1 or (gpus and requested > gpus):
+        raise InputError("no such number of processes", expected=f"1 to {gpus or 'the number of cores'}", found=requested)
+    return requested
+
+
+def device(local_rank: int):
+    """The GPU of this local rank, or the CPU of a machine that has none. Raises InputError when there are GPUs but not this one."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise InputError(
+            f"no GPU for local rank {local_rank}",
+            expected=f"at most {gpus} processes on this machine",
+            next="Lower --num-workers or the launcher's count.",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def run_workers(num_workers: int) -> int:
+    """Run this command again as `num_workers` local processes; return the first failure's exit code, or 0.
+
+    Workers do not talk to each other. Each distinct `Error:` line is shown once. A worker that was killed by a signal does not stop the
+    others: its shards are taken over. SIGUSR1 and SIGTERM are passed on.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    errors: dict[str, None] = {}
+    workers, readers = [], []
+    with passing_on(workers):
+        for index in range(num_workers):
+            env = os.environ | {"RANK": str(index), "WORLD_SIZE": str(num_workers), "LOCAL_RANK": str(index)}
+            env.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_workers)))
+            worker = subprocess.Popen([sys.executable, *sys.argv], env=env, stderr=subprocess.PIPE)
+            reader = threading.Thread(target=_relay, args=(worker.stderr, index, errors), daemon=True)
+            reader.start()
+            workers.append(worker)
+            readers.append(reader)
+        try:
+            codes = [worker.wait() for worker in workers]
+        except KeyboardInterrupt:
+            for worker in workers:
+                worker.terminate()
+            raise
+    for reader in readers:
+        reader.join()
+    for line in errors:
+        print(line, file=sys.stderr)
+    for index, code in enumerate(codes):
+        if code < 0:
+            print(f"worker {index} was killed by signal {-code}", file=sys.stderr)
+    if any(-code in SIGNALS for code in codes):  # told to stop before it had begun to listen
+        return Stopped.exit_code
+    return next((code for code in codes if code > 0), 0)
+
+
+def _relay(stream, index: int, errors: dict[str, None], quiet_after_error: bool = False) -> None:
+    """Pass a worker's stderr on as it comes: worker 0's as it is, the others' with their number; hold back `Error:` lines."""
+    prefix = b"" if index == 0 else f"[worker {index}] ".encode()
+    line = b""
+    while chunk := stream.read1():
+        line += chunk
+        while (end := max(line.find(b"\n"), line.find(b"\r"))) >= 0:
+            whole, line = line[: end + 1], line[end + 1 :]
+            if whole.startswith(b"Error:"):
+                errors[whole.decode(errors="replace").rstrip()] = None
+            elif not (errors and quiet_after_error):
+                sys.stderr.buffer.write(prefix + whole)
+                sys.stderr.buffer.flush()
+    if line.startswith(b"Error:"):
+        errors[line.decode(errors="replace")] = None
+    elif line and not (errors and quiet_after_error):
+        sys.stderr.buffer.write(prefix + line)
+
+
+def run_torchrun(num_processes: int) -> int:
+    """Run this command again as `num_processes` ranks of one distributed job on this machine; return its exit code.
+
+    Where ranks stop with an `Error:` line it is shown once, without torchrun's own account of it.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        SIGNALS_TO_HANDLE,
+        f"--nproc_per_node={num_processes}",
+        *sys.argv,
+    ]
+    # The ranks get the time to write a checkpoint before torchrun kills them; a batch system kills earlier if it must.
+    env = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"} | os.environ
+    agent, errors = [], {}
+    with passing_on(agent) as told:
+        agent.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE))
+        _relay(agent[0].stderr, 0, errors, quiet_after_error=True)
+        code = agent[0].wait()
+    for line in errors:
+        print(line, file=sys.stderr)
+    return Stopped.exit_code if code and told.soon else code  # torchrun itself has one exit code for all that can happen

@@ -1,0 +1,119 @@
+"""The frozen model and its tokenizer: loading them with clear errors, and hashing what they are."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+
+from store.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+VOLATILE_CONFIG = {
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "_attn_implementation",
+    "attn_implementation",
+}
+"""Entries of config.json that do not change what a model computes in a given dtype."""
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, with its chat template replaced by the text of the file `chat_template` if given. Raises InputError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same cause
+        raise _not_loadable("tokenizer", name, revision, error) from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the chat template cannot be read: {error}", where=f"--chat-template {chat_template}") from error
+    return tokenizer
+
+
+def load_model(
+    name: str, *, revision: str | None, dtype: str, device: torch.device, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """The causal language model in evaluation mode on `device`. Raises InputError, also when a weight is missing from the checkpoint."""
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _not_loadable("causal language model", name, revision, error) from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        raise InputError(
+            f"the checkpoint lacks {len(absent)} of the model's weights, which would be random",
+            where=name,
+            found=f"no {', '.join(absent[:3])}",
+            next="Use a complete causal-language-model checkpoint.",
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _not_loadable(what: str, name: str, revision: str | None, error: Exception) -> InputError:
+    detail = " ".join(str(error).split())
+    at = f" at revision {revision}" if revision else ""
+    return InputError(
+        f"no {what} can be loaded{at}: {type(error).__name__}: {detail[:300]}",
+        where=name,
+        next="Check the name or path and the revision; offline, download it first or pass a local folder.",
+    )
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Hash of every weight's name, dtype, shape and bytes as loaded; independent of how the checkpoint is split into files."""
+    weights = sorted(model.state_dict().items())
+
+    def digest(weight: tuple[str, torch.Tensor]) -> str:
+        name, tensor = weight
+        data = tensor.detach().cpu().contiguous()
+        content = hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data)
+        return f"{name} {data.dtype} {tuple(data.shape)} {content.hexdigest()}\n"
+
+    with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter: one tensor per core at a time
+        return hashlib.sha256("".join(pool.map(digest, weights)).encode()).hexdigest()
+
+
+def config_sha256(name: str, revision: str | None = None) -> str:
+    """Hash of config.json without the entries that do not change the numbers: a changed RoPE or window is another model."""
+    raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    return _sha256({key: value for key, value in raw.items() if key not in VOLATILE_CONFIG})
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of vocabulary, merges, normalization, splitting and special tokens. The chat template is hashed apart."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.pop("padding", None)  # state of the last call, not of the tokenizer
+    content.pop("truncation", None)
+    # An added token can be declared in either file; what it does shows in the backend. eos ends plain-text rows.
+    return _sha256({"backend": content, "eos": tokenizer.eos_token, "bos": tokenizer.bos_token})
+
+
+def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the chat template, or "none"."""
+    return "none" if tokenizer.chat_template is None else _sha256(tokenizer.chat_template)
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What a store's provenance records of the software."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

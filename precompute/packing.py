@@ -1,0 +1,147 @@
+"""Sequences -> packed batches in which every shared prefix stands once; pure, numpy only.
+
+1. sort     the sequences lexicographically: those that share a prefix become neighbours
+2. share    each keeps only the tokens after its longest common prefix with its predecessor (its *branch*)
+3. cut      walk the sorted list and close a batch when the next branch would exceed the token budget
+
+    chosen   p0 p1 p2 c0 c1 c2          packed row   p0 p1 p2 c0 c1 | r0 r1
+    rejected p0 p1 p2 r0 r1 r2          positions     0  1  2  3  4 |  3  4
+                                        branch 2 sees p0 p1 p2 (its context) and itself
+
+This serves more than the pair: rows that share a prompt or a whole response, and a system prompt that all rows share, are computed once.
+The last token of a sequence predicts nothing and is left out. Scores belong to distinct (context, token), so shared completion tokens are
+scored once as well.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_SHARED = 8
+"""Shorter common prefixes are not shared: one more attention call costs more than a few tokens."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids of prompt + completion (int32 [length]) of which the first `num_prompt` (>= 1) are not scored."""
+
+    ids: np.ndarray
+    num_prompt: int
+
+    @property
+    def num_scored(self) -> int:
+        return len(self.ids) - self.num_prompt
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Consecutive tokens of a packed row, and the earlier stretches of that row they continue, in order: ((start, stop), ...)."""
+
+    start: int
+    stop: int
+    context: tuple[tuple[int, int], ...]
+
+    @property
+    def num_context(self) -> int:
+        return sum(stop - start for start, stop in self.context)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One packed row of T tokens in which N distinct (context, token) are scored.
+
+    `slots[k]` places them: the log-probs of sequence `members[k]` are scores[slots[k]], one per completion token.
+    """
+
+    input_ids: np.ndarray  # int64 [T]
+    position_ids: np.ndarray  # int64 [T]
+    branches: tuple[Branch, ...]
+    predictors: np.ndarray  # int64 [N], the packed position whose hidden state predicts ...
+    targets: np.ndarray  # int64 [N], ... this token
+    members: np.ndarray  # int64 [K], indices into the list of sequences that was packed
+    slots: tuple[np.ndarray, ...]  # K times int64 [num_scored]
+
+
+def pack(sequences: list[Sequence], tokens_per_batch: int) -> Iterator[PackedBatch]:
+    """Yield batches of at most `tokens_per_batch` model tokens that together hold every sequence once.
+
+    A sequence longer than the budget gets a batch of its own: it cannot be split. Raises ValueError for a sequence without
+    a prompt token (its first token has no context) or without a completion.
+    """
+    for sequence in sequences:
+        if not 1 <= sequence.num_prompt < len(sequence.ids):
+            raise ValueError(
+                f"a sequence needs a prompt and a completion, not {sequence.num_prompt} + {sequence.num_scored} tokens"
+            )
+    for batch in plan([sequence.ids for sequence in sequences], tokens_per_batch):
+        yield _batch(sequences, batch)
+
+
+def plan(ids: list[np.ndarray], tokens_per_batch: int) -> Iterator[list[tuple[int, int]]]:
+    """Steps 1 to 3: batches of (index, tokens shared with the predecessor). The model computes len(ids[index]) - 1 - shared for each."""
+    order = sorted(range(len(ids)), key=lambda i: ids[i][:-1].astype(">u4").tobytes())
+    batch: list[tuple[int, int]] = []
+    used = 0
+    for previous, index in zip([None, *order], order, strict=False):
+        shared = 0 if previous is None else common_prefix(ids[previous][:-1], ids[index][:-1])
+        shared = shared if shared >= MIN_SHARED else 0
+        length = len(ids[index]) - 1
+        if batch and used + length - shared > tokens_per_batch:
+            yield batch
+            batch, used, shared = [], 0, 0
+        batch.append((index, shared))
+        used += length - shared
+    if batch:
+        yield batch
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading tokens that two id arrays have in common."""
+    length = min(len(a), len(b))
+    differ = np.flatnonzero(a[:length] != b[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def _batch(sequences: list[Sequence], batch: list[tuple[int, int]]) -> PackedBatch:
+    input_ids, position_ids, branches, predictors, targets = [], [], [], [], []
+    path: list[tuple[int, int]] = []  # stretches of the packed row that hold the current sequence, from its first token on
+    used = 0
+    for index, shared in batch:
+        sequence = sequences[index]
+        length = len(sequence.ids) - 1
+        path = _first(path, shared)
+        if length > shared:
+            branches.append(Branch(used, used + length - shared, tuple(path)))
+            path = [*path, (used, used + length - shared)]
+        input_ids.append(sequence.ids[shared:-1])
+        position_ids.append(np.arange(shared, length))
+        used += length - shared
+        places = np.concatenate([np.arange(start, stop) for start, stop in path])  # packed position of each of its tokens
+        predictors.append(places[sequence.num_prompt - 1 :])
+        targets.append(sequence.ids[sequence.num_prompt :])
+
+    # One score per distinct (predictor, target): branches that share completion tokens share their scores.
+    keys = np.concatenate(predictors) << 32 | np.concatenate(targets).astype(np.int64)
+    keys, inverse = np.unique(keys, return_inverse=True)
+    ends = np.cumsum([len(part) for part in predictors])
+    return PackedBatch(
+        input_ids=np.concatenate(input_ids).astype(np.int64),
+        position_ids=np.concatenate(position_ids).astype(np.int64),
+        branches=tuple(branches),
+        predictors=keys >> 32,
+        targets=keys & 0xFFFFFFFF,
+        members=np.array([index for index, _ in batch]),
+        slots=tuple(np.split(inverse, ends[:-1])),
+    )
+
+
+def _first(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The part of a path that holds its first `length` tokens."""
+    kept = []
+    for start, stop in path:
+        if length <= 0:
+            break
+        kept.append((start, min(stop, start + length)))
+        length -= stop - start
+    return kept

@@ -1,0 +1,117 @@
+"""What phase 1 shows while it runs: pairs done by all workers, their speed together, the time left, and whether the model waits.
+
+On a terminal one line that is rewritten; in a log a line a minute; as JSON an event per line on stdout. Only the first worker of each
+machine speaks. The time left is counted in tokens: what the finished shards took per row, times the rows that are missing.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from launch import Process
+from store.errors import StoreError
+from store.folder import missing_shards
+from store.manifest import Identity, ShardReport
+from store.shard import part_name, read_footer
+
+Show = Literal["text", "json", "nothing"]
+
+SECONDS_BETWEEN_LINES = {True: 0.5, False: 60.0}
+"""On a terminal, in a log."""
+
+WAITING_IS_SLOW = 0.1
+"""Share of the time the model may wait for tokens or for the disk before the line says so."""
+
+
+class Progress:
+    """Counts what this worker scores, and looks at the store for what the others did."""
+
+    def __init__(self, store: Path, identity: Identity, process: Process, show: Show = "text"):
+        self.store, self.identity, self.process, self.show = store, identity, process, show
+        self.terminal = show == "text" and sys.stderr.isatty()
+        self.started = self.shown = self.active = time.monotonic()
+        self.known: set[int] = set()
+        self.finished_rows = self.finished_tokens = 0  # of all finished shards, whoever scored them
+        self.rows_done = self._look()
+        self.before = self.finished_tokens
+        self.partial = 0  # tokens of this worker's shards that are not finished yet
+        self.waited = 0.0
+        if process.local_rank == 0 and self.rows_done and show == "text":
+            print(f"{store}: {self.rows_done:,} of {identity.num_rows:,} rows are done, going on", file=sys.stderr)
+
+    def _look(self) -> int:
+        """Read the footers of shards finished since the last look; return the rows done."""
+        missing = set(missing_shards(self.store, self.identity))
+        for shard in set(range(self.identity.num_shards)) - missing - self.known:
+            try:
+                _, report = read_footer(self.store / part_name(shard))
+            except StoreError:  # whoever opens the store says what is wrong with it
+                continue
+            self.known.add(shard)
+            self.finished_rows += report.num_rows
+            self.finished_tokens += report.model_tokens
+        return self.identity.num_rows - sum(len(self.identity.rows_of(shard)) for shard in missing)
+
+    def shard_started(self) -> None:
+        self.waited += time.monotonic() - self.active
+
+    def batch_done(self, num_model_tokens: int) -> None:
+        self.active = time.monotonic()
+        self.partial += num_model_tokens
+        if self.active - self.shown > SECONDS_BETWEEN_LINES[self.terminal]:
+            self._say()
+
+    def shard_done(self, report: ShardReport) -> None:
+        self.partial -= report.model_tokens  # from now on it counts as finished, as soon as it is on disk
+        if self.terminal:
+            self._say()
+
+    def close(self) -> None:
+        self._say(final=True)
+
+    def state(self) -> dict:
+        """Where the whole store is, as an event: tokens are positions the model computes, seconds_left None while nothing is
+        known."""
+        elapsed = max(1e-9, time.monotonic() - self.started)
+        self.rows_done = self._look()
+        speed = (self.finished_tokens - self.before + self.partial) / elapsed
+        per_row = self.finished_tokens / self.finished_rows if self.finished_rows else None
+        left = None
+        if per_row is not None and speed > 0:
+            left = max(0.0, (self.identity.num_rows - self.rows_done) * per_row - self.partial) / speed
+        return {
+            "event": "progress",
+            "rows_done": self.rows_done,
+            "num_rows": self.identity.num_rows,
+            "tokens_per_second": speed,
+            "num_workers": self.process.world,
+            "seconds": elapsed,
+            "seconds_left": left,
+            "waiting": self.waited / elapsed,
+        }
+
+    def _say(self, final: bool = False) -> None:
+        self.shown = time.monotonic()
+        if self.process.local_rank or self.show == "nothing":
+            return
+        state = self.state()
+        if self.show == "json":
+            print(json.dumps(state), flush=True)
+            return
+        workers = f" by {state['num_workers']} workers" if state["num_workers"] > 1 else ""
+        left = "?" if state["seconds_left"] is None else _clock(state["seconds_left"])
+        line = f"scored {state['rows_done']:,}/{state['num_rows']:,} pairs · {state['tokens_per_second']:,.0f} tokens/s{workers} · "
+        line += f"{_clock(state['seconds'])} so far, {left} left"
+        if state["waiting"] > WAITING_IS_SLOW:
+            line += f" · the model waits {state['waiting']:.0%} of the time for tokenizer or disk"
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,159 @@
+"""A frozen causal language model + sequences -> the natural-log probability of every completion token.
+
+Two layouts compute the same numbers. `packed` puts many sequences in one row without padding and computes shared prefixes once; `padded` is
+the plain Hugging Face forward of right-padded rows: the independent implementation that tests compare with, and the explicit choice for
+architectures that `packed` refuses.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from precompute.attention import PackedLayout, packed_attention
+from precompute.packing import PackedBatch, Sequence, pack
+from store.errors import InputError
+
+SCORER_VERSION = 1
+"""Part of a store's identity: raised when a change here or in pairs.py changes what is scored or how it is rounded."""
+
+HEAD_TILE = {"cpu": (2048, 2048), "cuda": (2048, 1 << 20)}
+"""Completion positions x vocabulary entries whose logits exist at a time. A CPU's tile stays in cache between the product and its
+log-sum-exp (1.4 times the speed of whole rows); a GPU takes whole rows."""
+
+Layout = Literal["packed", "padded"]
+
+
+def score(model: PreTrainedModel, sequences: list[Sequence], *, layout: Layout, tokens_per_batch: int) -> list[np.ndarray]:
+    """Log-probs of the completion tokens of each sequence, in the order given: float32 [num_scored] each, in nats.
+
+    Logits are computed in the model's dtype; the softmax over the vocabulary in float32. Results do not depend on what else is in the
+    list beyond the rounding of the model's dtype. Raises InputError when `layout` cannot score this architecture.
+    """
+    results: list[np.ndarray | None] = [None] * len(sequences)
+    for batch in score_batches(model, sequences, layout=layout, tokens_per_batch=tokens_per_batch):
+        for index, logps in zip(batch.members, batch.token_logps, strict=True):
+            results[index] = logps
+    return results
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Indices of the sequences of one batch, their log-probs (float32 [num_scored] each), and how many positions the model computed."""
+
+    members: np.ndarray
+    token_logps: list[np.ndarray]
+    num_model_tokens: int
+
+
+def score_batches(
+    model: PreTrainedModel, sequences: list[Sequence], *, layout: Layout, tokens_per_batch: int
+) -> Iterator[ScoredBatch]:
+    """As `score`, batch by batch in an order of its own, so that a caller can show progress."""
+    if layout == "padded":
+        for indices in _padded_batches(sequences, tokens_per_batch):
+            members = [sequences[index] for index in indices]
+            yield ScoredBatch(
+                np.array(indices), score_padded(model, members), len(members) * max(len(each.ids) for each in members)
+            )
+        return
+    with packed_attention(model):
+        for batch in pack(sequences, tokens_per_batch):
+            scores = score_packed(model, batch).cpu().numpy()
+            yield ScoredBatch(batch.members, [scores[slots] for slots in batch.slots], len(batch.input_ids))
+
+
+@torch.inference_mode()
+def score_packed(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """Float32 [N] on the model's device: log p(target | everything up to its predictor). Inside `packed_attention(model)` only."""
+    refuse_unusual_head(model)
+    device = model.device
+    hidden = model.base_model(
+        input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
+        position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
+        packed_layout=PackedLayout(batch.branches, device),
+        use_cache=False,
+    ).last_hidden_state[0]
+    return _head_logps(model, hidden, torch.from_numpy(batch.predictors).to(device), torch.from_numpy(batch.targets).to(device))
+
+
+def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """hidden [T, D], predictors and targets int64 [N] -> float32 [N]. Logits exist only for the completion, a tile at a time."""
+    head = model.get_output_embeddings()
+    num_rows, num_entries = HEAD_TILE[hidden.device.type]
+    logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(targets), num_rows):
+        rows = slice(start, start + num_rows)
+        predicting, target = hidden[predictors[rows]], targets[rows]
+        target_logits = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
+        log_sums = []
+        for first in range(0, head.weight.shape[0], num_entries):
+            entries = slice(first, first + num_entries)
+            logits = F.linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries]).float()
+            log_sums.append(logits.logsumexp(dim=1))
+            here = (target >= first) & (target < first + logits.shape[1])
+            target_logits[here] = logits[here, target[here] - first]
+        logps[rows] = target_logits - torch.stack(log_sums).logsumexp(dim=0)
+    return logps
+
+
+def refuse_unusual_head(model: PreTrainedModel) -> None:
+    """InputError for a model whose forward does more to the logits than the head's product."""
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        found = type(model.get_output_embeddings()).__name__
+        raise InputError(
+            "the packed layout needs a linear head", where=type(model).__name__, found=found, next="Use --layout padded."
+        )
+    config = model.config.get_text_config()
+    neutral = {
+        "final_logit_softcapping": None,
+        "logit_scale": 1.0,
+        "output_multiplier": 1.0,
+        "lm_head_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+    for name, nothing in neutral.items():
+        value = getattr(config, name, None)
+        if value is not None and value != nothing:
+            raise InputError(
+                f"the packed layout does not apply {name}={value}",
+                where=type(model).__name__,
+                next="Use --layout padded for this model.",
+            )
+
+
+def _padded_batches(sequences: list[Sequence], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices by falling length, as many to a batch as fit the budget with the padding counted; a longer sequence goes alone."""
+    batch: list[int] = []
+    for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids)):
+        if batch and (len(batch) + 1) * len(sequences[batch[0]].ids) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def score_padded(model: PreTrainedModel, sequences: list[Sequence]) -> list[np.ndarray]:
+    """Log-probs of the completions from one plain right-padded forward; nothing shared with `packed` but the model."""
+    longest = max(len(sequence.ids) for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence.ids)] = torch.from_numpy(sequence.ids.astype(np.int64))
+        attention_mask[row, : len(sequence.ids)] = 1
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    # A padded row's own length masks it, never its pad id: pad may equal eos.
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    results = []
+    for row, sequence in enumerate(sequences):
+        predicting = slice(sequence.num_prompt - 1, len(sequence.ids) - 1)
+        log_probs = logits[row, predicting].float().log_softmax(dim=-1)
+        targets = input_ids[row, sequence.num_prompt : len(sequence.ids), None]
+        results.append(log_probs.gather(1, targets)[:, 0].cpu().numpy())
+    return results

@@ -1,0 +1,331 @@
+"""One worker of phase 1: load the frozen model, then shard by shard: tokenize ahead, score, write behind.
+
+    rows of shard 7 ──tokenize (thread)──► pairs ──score (this thread)──► log-probs ──publish (thread)──► store/think/part-00007.parquet
+
+Any number of workers may run this on the same store, at the same time or one after another: each takes the next shard that nobody holds,
+and whoever completes the set seals it.
+"""
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from launch import Process, begin_at, device
+from precompute.dataset import check_and_fingerprint, load_rows
+from precompute.model import (
+    chat_template_sha256,
+    config_sha256,
+    load_model,
+    load_tokenizer,
+    tokenizer_sha256,
+    versions,
+    weights_sha256,
+)
+from precompute.pairs import Pair, TokenizedRows, tokenize_rows
+from precompute.progress import Progress, Show
+from precompute.scoring import SCORER_VERSION, Layout, score_batches
+from stop import StopRequest, listening
+from store.claim import Claim, claim, claim_sealing
+from store.errors import InputError
+from store.folder import missing_shards, prepare_store
+from store.manifest import MANIFEST, MAX_SHARDS, Identity, Manifest, ShardReport, Unscorable
+from store.schema import SCHEMA
+from store.seal import seal
+from store.shard import part_name, publish_shard
+
+SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+"""Largest mean |packed - plain| over the self-test's tokens, nats. About 100 times the noise of float32 (1e-5) and twice what SmolLM2 shows
+per token in bfloat16; an architecture that `packed` gets wrong is off by whole nats."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+"""Between two looks at the shards that other workers hold, growing: hundreds of workers may be waiting for the last one."""
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """What `cli.py precompute` was asked for. Everything but the last block makes the numbers and has no default here."""
+
+    dataset: str
+    split: str
+    dataset_revision: str | None
+    limit: int | None
+    """Score only the first so many rows."""
+    model: str
+    revision: str | None
+    tokenizer: str
+    chat_template: Path | None
+    """File with a chat template that replaces the tokenizer's."""
+    max_length: int
+    dtype: str
+    shard_size: int
+    ref_store: Path
+    preset: str | None
+    # speed: recorded, never compared
+    layout: Layout = "packed"
+    tokens_per_batch: int = 16384
+    show: Show = "text"
+    """What is printed meanwhile: precompute/progress.py."""
+
+
+def run(config: PrecomputeConfig, process: Process) -> Manifest:
+    """Score what is missing from the store, wait for the shards that others hold, seal; returns the manifest.
+
+    Should another worker die meanwhile, its shards are taken over: whoever returns leaves a sealed store behind. Raises InputError for
+    unusable input, StoreError for a store that is damaged or of another identity, Stopped when told to stop; what is published stays.
+    """
+    with listening() as stop:
+        return _run(config, process, stop)
+
+
+def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manifest:
+    where = device(process.local_rank)
+    rows, tokenizer, model, identity = load_inputs(config, where)
+    prepare_store(config.ref_store, identity)
+    if config.layout == "packed":
+        self_test(model, config.dtype)
+
+    provenance = {
+        "worker": f"{socket.gethostname()}:{process.rank}",
+        "host": socket.gethostname(),
+        "device": _device_name(where),
+        "versions": versions(),
+    }
+    progress = Progress(config.ref_store, identity, process, config.show)
+    missing = missing_shards(config.ref_store, identity)
+    start = int(begin_at(process) * len(missing))  # workers begin apart
+    missing = missing[start:] + missing[:start]
+    claims: list[Claim] = []
+    # One shard ahead is tokenized and one behind is written while this thread keeps the model busy.
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
+        writing: Future | None = None
+        pause = FIRST_PAUSE_S
+        try:
+            while missing and not stop.soon:
+                for held, index, tokens in _tokenize_ahead(ahead, config, identity, rows, tokenizer, missing, claims, stop):
+                    report, columns, timing = _score_shard(model, config, identity, index, tokens, claims, progress, stop)
+                    if writing is not None:
+                        writing.result()
+                    writing = behind.submit(_publish, config.ref_store, identity, report, columns, provenance | timing, held)
+                    progress.shard_done(report)
+                    pause = FIRST_PAUSE_S
+                if writing is not None:
+                    writing.result()
+                missing = [index for index in missing if not (config.ref_store / part_name(index)).exists()]
+                if missing:  # others hold them
+                    stop.sleep(pause)
+                    pause = min(1.5 * pause, LONGEST_PAUSE_S)
+        finally:
+            ahead.shutdown(cancel_futures=True)  # or it might claim one more
+            for held in claims:  # of this worker's shards only those not published still have one
+                held.release()
+    progress.close()
+    if missing:
+        done = identity.num_shards - len(missing_shards(config.ref_store, identity))
+        raise stop.error(f"{done} of {identity.num_shards} shards are done", config.ref_store)
+    recorded = {"layout": config.layout, "tokens_per_batch": config.tokens_per_batch, "threads_per_worker": torch.get_num_threads()}
+    # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
+    while not (config.ref_store / MANIFEST).exists() and (held := claim_sealing(config.ref_store)) is None:
+        stop.sleep(FIRST_PAUSE_S)
+        if stop.now:
+            raise stop.error("all shards are done, another worker is sealing", config.ref_store)
+    return seal(config.ref_store, identity, recorded, config.preset)
+
+
+def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
+    """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed."""
+    with ThreadPoolExecutor(1) as background:
+        rows = load_rows(config.dataset, split=config.split, revision=config.dataset_revision, limit=config.limit)
+        fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads
+        tokenizer = load_tokenizer(
+            config.tokenizer,
+            revision=config.revision if config.tokenizer == config.model else None,
+            chat_template=config.chat_template,
+        )
+        model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=where)
+        if len(rows) > MAX_SHARDS * config.shard_size:
+            raise InputError(
+                "too many shards",
+                where=f"--shard-size {config.shard_size}",
+                expected=f"at least {-(-len(rows) // MAX_SHARDS)} for {len(rows):,} rows",
+            )
+        identity = Identity(
+            model=config.model,
+            revision=config.revision,
+            tokenizer=config.tokenizer,
+            dataset=config.dataset,
+            split=config.split,
+            dataset_revision=config.dataset_revision,
+            weights_sha256=weights_sha256(model),
+            config_sha256=config_sha256(config.model, config.revision),
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            chat_template_sha256=chat_template_sha256(tokenizer),
+            dataset_fingerprint=fingerprint.result(),
+            num_rows=len(rows),
+            max_length=config.max_length,
+            truncation="keep_start",
+            dtype=config.dtype,
+            shard_size=config.shard_size,
+            scorer_version=SCORER_VERSION,
+        )
+    _check_fits(model, len(tokenizer), config)
+    return rows, tokenizer, model, identity
+
+
+def self_test(model: PreTrainedModel, dtype: str) -> None:
+    """Score a few random pairs in both layouts. InputError if they disagree: `packed` would be wrong for this architecture."""
+    from precompute.packing import Sequence
+    from precompute.scoring import score
+
+    generator = np.random.default_rng(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = generator.integers(0, vocabulary, 24)
+    completions = [generator.integers(0, vocabulary, 12) for _ in range(3)]
+    sequences = [Sequence(np.concatenate([prompt, completion]).astype(np.int32), 24) for completion in completions]
+    packed, padded = (
+        np.concatenate(score(model, sequences, layout=layout, tokens_per_batch=4096)) for layout in ("packed", "padded")
+    )
+    difference = float(np.abs(packed - padded).mean())
+    if not difference <= SELF_TEST_TOLERANCE[dtype]:  # also true for NaN
+        raise InputError(
+            f"the packed layout disagrees with this architecture's own forward by {difference:.2g} nats per token",
+            where=type(model).__name__,
+            expected=f"at most {SELF_TEST_TOLERANCE[dtype]} in {dtype}",
+            next="Use --layout padded for this model (if the difference is nan, the model itself fails in this dtype).",
+        )
+
+
+def _check_fits(model: PreTrainedModel, num_tokens: int, config: PrecomputeConfig) -> None:
+    text_config = model.config.get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None and config.max_length > longest:
+        raise InputError(
+            "longer than the model's context", where=f"--max-length {config.max_length}", expected=f"at most {longest}"
+        )
+    if num_tokens > model.get_input_embeddings().weight.shape[0]:
+        raise InputError(
+            "the tokenizer has more tokens than the model",
+            where=f"--tokenizer {config.tokenizer}",
+            expected=f"at most {model.get_input_embeddings().weight.shape[0]}",
+            found=num_tokens,
+            next="Pass the tokenizer that belongs to the model.",
+        )
+
+
+def _tokenize_ahead(
+    ahead: ThreadPoolExecutor,
+    config: PrecomputeConfig,
+    identity: Identity,
+    rows,
+    tokenizer,
+    missing: list[int],
+    claims: list[Claim],
+    stop: StopRequest,
+) -> Iterator[tuple[Claim, int, TokenizedRows]]:
+    """Claim and tokenize the missing shards, one ahead of the caller, until each is done or held by somebody alive, or until told to stop."""
+    candidates = iter(missing)
+
+    def next_shard() -> tuple[Claim, int, TokenizedRows] | None:
+        for index in candidates:
+            if stop.soon:
+                return None
+            if (held := claim(config.ref_store, index)) is not None:
+                claims.append(held)
+                block = identity.rows_of(index)
+                return held, index, tokenize_rows(tokenizer, rows.select(block).to_list(), block.start, config.max_length)
+        return None
+
+    upcoming = ahead.submit(next_shard)
+    while (current := upcoming.result()) is not None and not stop.soon:
+        upcoming = ahead.submit(next_shard)
+        yield current
+
+
+def _score_shard(
+    model, config, identity: Identity, index: int, tokens: TokenizedRows, claims: list[Claim], progress, stop: StopRequest
+) -> tuple[ShardReport, pa.Table, dict]:
+    started = time.time()
+    progress.shard_started()
+    sequences = [sequence for pair in tokens.pairs for sequence in pair.sequences]
+    token_logps: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+    model_tokens = 0
+    for batch in score_batches(model, sequences, layout=config.layout, tokens_per_batch=config.tokens_per_batch):
+        for member, logps in zip(batch.members, batch.token_logps, strict=True):
+            token_logps[member] = logps
+        model_tokens += batch.num_model_tokens
+        for held in claims[-3:]:  # the shards being written, scored and tokenized ahead
+            held.refresh()
+        progress.batch_done(batch.num_model_tokens)
+        if stop.now:
+            raise stop.error(f"shard {index} was dropped half-way, finished ones are kept", config.ref_store)
+    block = identity.rows_of(index)
+    report = ShardReport(
+        index=index,
+        first_row=block.start,
+        num_rows=len(block),
+        num_pairs=len(tokens.pairs),
+        unscorable=tuple(Unscorable(**each) for each in tokens.unscorable),
+        counts=dict(tokens.counts),
+        examples=tokens.examples,
+        num_prompt_tokens=sum(len(pair.prompt_ids) for pair in tokens.pairs),
+        num_completion_tokens=sum(sequence.num_scored for sequence in sequences),
+        model_tokens=model_tokens,
+    )
+    timing = {
+        "seconds": time.time() - started,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return report, columns_of(tokens.pairs, token_logps[0::2], token_logps[1::2]), timing
+
+
+def columns_of(pairs: list[Pair], chosen: list[np.ndarray], rejected: list[np.ndarray]) -> pa.Table:
+    """A shard's table (store.schema) from pairs and the float32 log-probs of their completion tokens."""
+
+    def lists(arrays: list[np.ndarray], dtype) -> pa.Array:
+        offsets = np.cumsum([0, *map(len, arrays)])
+        values = np.concatenate(arrays).astype(dtype) if arrays else np.empty(0, dtype)
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+
+    columns = {
+        "pair_id": [pair.pair_id for pair in pairs],
+        "row": [pair.row for pair in pairs],
+        "prompt_ids": lists([pair.prompt_ids for pair in pairs], np.int32),
+        "chosen_ids": lists([pair.chosen_ids for pair in pairs], np.int32),
+        "rejected_ids": lists([pair.rejected_ids for pair in pairs], np.int32),
+        "ref_chosen_logps": [float(logps.sum(dtype=np.float64)) for logps in chosen],
+        "ref_rejected_logps": [float(logps.sum(dtype=np.float64)) for logps in rejected],
+        "num_prompt_tokens": [len(pair.prompt_ids) for pair in pairs],
+        "num_chosen_tokens": [len(pair.chosen_ids) for pair in pairs],
+        "num_rejected_tokens": [len(pair.rejected_ids) for pair in pairs],
+        "chosen_truncated": [pair.chosen_truncated for pair in pairs],
+        "rejected_truncated": [pair.rejected_truncated for pair in pairs],
+        "chosen_token_logps": lists(chosen, np.float32),
+        "rejected_token_logps": lists(rejected, np.float32),
+    }
+    return pa.table(
+        [
+            pa.array(values, field.type) if isinstance(values, list) else values
+            for field, values in zip(SCHEMA, columns.values(), strict=True)
+        ],
+        schema=SCHEMA,
+    )
+
+
+def _publish(store: Path, identity: Identity, report: ShardReport, columns: pa.Table, provenance: dict, held: Claim) -> None:
+    publish_shard(store, identity, report, columns, provenance)
+    held.release()
+
+
+def _device_name(where: torch.device) -> str:
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    return f"cpu ({torch.get_num_threads()} threads)"

@@ -1,0 +1,93 @@
+"""Told to stop: the signals a batch system sends before it kills, as a flag that work looks at where it can stop without loss.
+
+    SIGUSR1   stop soon: finish what is at hand, begin nothing new. slurm/*.sbatch ask for it some minutes before the time limit.
+    SIGTERM   stop now: drop what is at hand. Preemption, `scancel`, a shutdown; Slurm kills about 30 seconds later.
+
+Either way the command ends with exit code 75 (EX_TEMPFAIL of sysexits.h), which means: run the same command again and it goes on.
+"""
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from store.errors import RefdpoError
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Stopped(RefdpoError):
+    """Ended early because it was told to. What is finished is kept."""
+
+    exit_code = 75
+
+
+class StopRequest:
+    """Whether this process was told to stop, and how soon."""
+
+    def __init__(self):
+        self._first: signal.Signals | None = None
+        self._now = threading.Event()
+        self._any = threading.Event()
+
+    def hear(self, number: int, frame: object = None) -> None:
+        """A signal handler."""
+        self._first = self._first or signal.Signals(number)
+        self._any.set()
+        if number == signal.SIGTERM:
+            self._now.set()
+
+    @property
+    def soon(self) -> bool:
+        """Begin nothing new."""
+        return self._any.is_set()
+
+    @property
+    def now(self) -> bool:
+        """Drop what is at hand."""
+        return self._now.is_set()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but no longer than until the first signal."""
+        self._any.wait(seconds)
+
+    def error(self, what: str, where: object) -> Stopped:
+        """What to raise once everything is put down."""
+        name = self._first.name if self._first else "another process"
+        return Stopped(f"stopped by {name}: {what}", where=where, next="Run the same command again to go on.")
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Inside the block SIGUSR1 and SIGTERM set the request instead of ending the process. In other threads than the main one
+    Python takes no handlers: there the request is never set."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.hear) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def passing_on(children: Sequence[subprocess.Popen]) -> Iterator[StopRequest]:
+    """Inside the block SIGUSR1 and SIGTERM go to `children` (a list that may still grow); this process itself lives on to report."""
+    request = StopRequest()
+
+    def forward(number: int, frame: object = None) -> None:
+        request.hear(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

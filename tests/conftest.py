@@ -1,0 +1,29 @@
+"""Fixtures for all tests: offline, tiny models, one thread per process so that two cores suffice."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    TRL_EXPERIMENTAL_SILENCE="1",
+)
+sys.path.insert(0, str(Path(__file__).parent))  # tests/tiny.py and the other helpers
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """Folder of a tiny random Llama-type model and its tokenizer."""
+    return tiny.save(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_olmo3(tmp_path_factory) -> Path:
+    """Folder of a tiny random OLMo-3-type model (sliding window, grouped queries) and its tokenizer."""
+    return tiny.save(tmp_path_factory.mktemp("models") / "olmo3", kind="olmo3")

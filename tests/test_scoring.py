@@ -1,0 +1,119 @@
+"""Scores against a plain Hugging Face forward of the single, unpadded sequence: logits, log_softmax, gather."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel
+
+from precompute import attention
+from precompute.attention import packed_attention
+from precompute.packing import Sequence
+from precompute.scoring import score
+from store.errors import InputError
+
+TOLERANCE = 1e-4
+"""Nats per token in float32, the contract's; seen here: 5e-6."""
+
+
+def plain(model: PreTrainedModel, sequence: Sequence) -> np.ndarray:
+    """The independent reference: one sequence, no padding, no mask, no cache."""
+    ids = torch.from_numpy(sequence.ids.astype(np.int64))[None]
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    return logps[:-1].gather(1, ids[0, 1:, None])[sequence.num_prompt - 1 :, 0].numpy()
+
+
+def pairs(seed: int, num: int = 8, longest: int = 90) -> list[Sequence]:
+    """Pairs with prompts of one token and more, shared prompts, shared responses, and completions that begin alike."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for index in range(num):
+        num_prompt = 1 if index == 0 else int(rng.integers(1, longest))
+        prompt = rng.integers(2, 384, num_prompt)
+        for _ in range(2):
+            sequences.append(
+                Sequence(np.concatenate([prompt, rng.integers(2, 384, rng.integers(1, longest))]).astype(np.int32), num_prompt)
+            )
+        if index % 2:  # begins like the last one, then leaves it
+            sequences.append(
+                Sequence(
+                    np.concatenate([sequences[-1].ids[: num_prompt + 9], rng.integers(2, 384, 7)]).astype(np.int32), num_prompt
+                )
+            )
+        if index % 3 == 0:
+            sequences.append(sequences[-1])
+    return sequences
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("tokens_per_batch", [1, 150, 100_000])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_both_layouts_equal_the_plain_forward(kind, tokens_per_batch, layout):
+    model = tiny.make_model(kind)
+    sequences = pairs(seed=tokens_per_batch)
+    scored = score(model, sequences, layout=layout, tokens_per_batch=tokens_per_batch)
+    for sequence, logps in zip(sequences, scored, strict=True):
+        assert logps.dtype == np.float32
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+    assert max(np.ptp(logps) for logps in scored) > 5  # the model is not flat, so agreement means something
+
+
+def test_the_head_in_tiles(monkeypatch):
+    """Tiles that cut the completion and the vocabulary unevenly."""
+    monkeypatch.setattr("precompute.scoring.HEAD_TILE", {"cpu": (37, 100)})
+    model = tiny.make_model("qwen2")
+    sequences = pairs(seed=7)
+    for sequence, logps in zip(sequences, score(model, sequences, layout="packed", tokens_per_batch=300), strict=True):
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("block", [7, 64])
+def test_windows_longer_than_a_block_of_queries(block, monkeypatch):
+    """Branches longer than one block of windowed attention, and windows that end inside prompt, context and branch."""
+    monkeypatch.setattr("precompute.attention.WINDOWED_BLOCK", block)
+    model = tiny.make_model("olmo3")
+    sequences = pairs(seed=5, num=3, longest=200)
+    scored = score(model, sequences, layout="packed", tokens_per_batch=100_000)
+    for sequence, logps in zip(sequences, scored, strict=True):
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "olmo3"])
+def test_masked_attention_for_float32_on_gpus(kind, monkeypatch):
+    """The path that GPUs take in float32, here on the CPU."""
+    monkeypatch.setattr("precompute.attention._attend_cpu", attention._attend_masked)
+    model = tiny.make_model(kind)
+    sequences = pairs(seed=11, longest=60)
+    for sequence, logps in zip(sequences, score(model, sequences, layout="packed", tokens_per_batch=400), strict=True):
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_plain_forward_is():
+    """The packed layout may not add noise: mean |bf16 - float32| per token within 1.5 times that of the plain bf16 forward."""
+    model = tiny.make_model("llama")
+    sequences = pairs(seed=3)
+    exact = [plain(model, sequence) for sequence in sequences]
+    model.to(torch.bfloat16)
+    packed = score(model, sequences, layout="packed", tokens_per_batch=300)
+    noise = np.concatenate([np.abs(a - b) for a, b in zip(packed, exact, strict=True)]).mean()
+    plain_noise = np.concatenate([np.abs(plain(model, each) - b) for each, b in zip(sequences, exact, strict=True)]).mean()
+    assert 0 < noise < 1.5 * plain_noise
+
+
+def test_the_model_keeps_its_own_attention_afterwards():
+    model = tiny.make_model("llama")
+    with pytest.raises(RuntimeError, match="inside"), packed_attention(model):
+        raise RuntimeError("inside")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_architectures_that_packing_gets_wrong_are_refused():
+    model = tiny.make_model("llama")
+    model.config.layer_types = ["full_attention", "linear_attention", "full_attention", "full_attention"]
+    with pytest.raises(InputError, match="linear_attention.*--layout padded"):
+        score(model, pairs(0), layout="packed", tokens_per_batch=100)
+    model = tiny.make_model("llama")
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(InputError, match="final_logit_softcapping.*--layout padded"):
+        score(model, pairs(0), layout="packed", tokens_per_batch=100)

@@ -1,0 +1,88 @@
+"""Tiny random models and a byte-level tokenizer for tests; nothing is downloaded."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Olmo3Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] or '') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+"""As OLMo's thinking template: its generation prompt is no prefix of a conversation whose answer does not begin with <think>."""
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% if style is defined %}{{ '<|im_start|>system\nStyle: ' + style + '<|im_end|>\n' }}{% endif %}"
+) + CHATML
+DROPS_TOOL_TURNS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. Why does it jump? Because it can!\n\nHere is a list:\n1. one\n2. two\n",
+    "Der schnelle braune Fuchs springt über den faulen Hund. Warum? Weil er es kann.\n",
+    "user assistant system think <think>\nOkay, the user asks\n</think> answer = 42; print(answer)\n",
+]
+
+SMALL = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
+    # three of four layers slide, as in OLMo 3, over less than the sequences of the tests
+    "olmo3": lambda: Olmo3Config(**SMALL, sliding_window=24, tie_word_embeddings=False),
+}
+
+
+def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of one of CONFIGS with weights large enough that log-probs differ by whole nats, float32, on the CPU."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="sdpa").eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.15)
+    return model
+
+
+def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerBase:
+    """Byte-level BPE of at most 384 entries: <|endoftext|> 0, <|pad|> 1, ChatML marks."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.chat_template = chat_template
+    return fast
+
+
+def save(folder: Path, kind: str = "llama", seed: int = 0, chat_template: str | None = CHATML) -> Path:
+    """Model and tokenizer as a Hugging Face folder."""
+    make_model(kind, seed).save_pretrained(folder)
+    make_tokenizer(chat_template).save_pretrained(folder)
+    return folder
