@@ -1,0 +1,133 @@
+"""What a training run is told is checked before anything is loaded."""
+
+import inspect
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from store.errors import InputError
+from train.config import FREE_ON_RESUME, LOSS_TYPES, LR_SCHEDULER_TYPES, ZERO2, TrainConfig
+
+GOOD = TrainConfig(
+    ref_store=Path("store/think"),
+    output_dir=Path("runs/think"),
+    loss_type=("sigmoid_norm",),
+    beta=5.0,
+    learning_rate=1e-6,
+    per_device_train_batch_size=1,
+    effective_batch_size=128,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss_type": ("sigmoid", "dpo")}, ["unknown loss type", "dpo", "sigmoid_norm", "discopop"]),
+        ({"loss_type": ()}, ["unknown loss type"]),
+        ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0,)}, ["2 weights", "found 1"]),
+        ({"beta": 0.0}, ["--beta", "positive"]),
+        ({"beta": float("nan")}, ["--beta"]),
+        ({"label_smoothing": 0.1}, ["no effect on sigmoid_norm"]),
+        ({"loss_type": ("exo_pair",)}, ["exo_pair", "above 0"]),
+        ({"loss_type": ("robust",), "label_smoothing": 0.5}, ["--label-smoothing", "below 0.5"]),
+        ({"ld_alpha": 1.5}, ["--ld-alpha"]),
+        ({"learning_rate": -1.0}, ["--learning-rate"]),
+        ({"warmup_ratio": 1.0}, ["--warmup-ratio"]),
+        ({"num_train_epochs": float("inf")}, ["--num-train-epochs"]),
+        ({"max_steps": 0}, ["--max-steps"]),
+        ({"max_length": 0}, ["--max-length"]),
+        ({"weight_decay": -0.1}, ["--weight-decay"]),
+        ({"gradient_accumulation_steps": 4}, ["both are given"]),
+        ({"effective_batch_size": None}, ["neither is given"]),
+        ({"lr_scheduler_type": "linaer"}, ["linaer", "cosine"]),
+        ({"save_strategy": "best"}, ["--save-strategy"]),
+        ({"dtype": "bf16"}, ["bf16", "bfloat16"]),
+        ({"eval_steps": 10}, ["--eval-ref-store"]),
+        ({"report_to": ("mlflow",)}, ["mlflow", "wandb"]),
+        ({"push_to_hub": True}, ["--hub-model-id"]),
+        ({"hub_model_id": "me/x"}, ["--push-to-hub"]),
+        ({"revision": "main"}, ["--policy"]),
+        ({"zero_config": Path("nowhere.json")}, ["--zero-config nowhere.json"]),
+    ],
+)
+def test_contradictions_are_refused_by_name(changes, words):
+    with pytest.raises(InputError) as refusal:
+        replace(GOOD, **changes)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_missing_reporter_is_refused_with_the_install_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        replace(GOOD, report_to=("wandb",))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ('{"bf16": {}}', "names no ZeRO stage"),
+        ("[]", "names no ZeRO stage"),
+        ('{"zero_optimization": {"stage": 3}}', "found stage 3"),
+    ],
+)
+def test_zero_config_must_leave_parameters_whole(tmp_path, content, words):
+    (tmp_path / "zero.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        replace(GOOD, zero_config=tmp_path / "zero.json")
+
+
+def test_accumulation_is_derived_and_must_come_out_whole():
+    assert GOOD.accumulation_steps(world_size=4) == 32
+    assert replace(GOOD, per_device_train_batch_size=8).accumulation_steps(world_size=4) == 4
+    assert replace(GOOD, effective_batch_size=None, gradient_accumulation_steps=5).accumulation_steps(world_size=3) == 5
+    with pytest.raises(InputError, match="128 pairs does not divide over 3 devices"):
+        GOOD.accumulation_steps(world_size=3)
+    with pytest.raises(InputError, match="--per-device-train-batch-size 4 or 8 or 16 or 32"):
+        replace(GOOD, per_device_train_batch_size=3).accumulation_steps(world_size=4)
+
+
+def test_loss_types_are_those_of_trl():
+    from trl.trainer import dpo_trainer
+
+    source = inspect.getsource(dpo_trainer.DPOTrainer._compute_loss)
+    branches = re.findall(r'loss_type == "(\w+)"', source)
+    assert sorted(LOSS_TYPES) == sorted(branches)
+    assert len(LOSS_TYPES) == 15
+
+
+def test_schedules_are_those_of_transformers():
+    from transformers.trainer_utils import SchedulerType
+
+    assert set(LR_SCHEDULER_TYPES) <= {schedule.value for schedule in SchedulerType}
+
+
+def test_every_setting_is_written_to_json_and_lists_become_tuples():
+    config = replace(GOOD, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1], report_to=[])
+    assert config.loss_type == ("sigmoid", "sft")
+    written = json.loads(json.dumps(config.to_json()))
+    assert written["ref_store"] == "store/think"
+    assert written.keys() >= FREE_ON_RESUME
+
+
+def test_packaged_zero_config_is_stage_2_and_adapts_to_the_run():
+    config = json.loads(ZERO2.read_text())
+    assert config["zero_optimization"]["stage"] == 2
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        assert config[name] == "auto"
+    assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+
+
+def test_accelerate_config_names_nothing_that_the_zero_config_has():
+    """accelerate refuses a config file whose fields also stand in the DeepSpeed file, mixed_precision among them."""
+    config = yaml.safe_load(ZERO2.with_name("accelerate.yaml").read_text())
+    assert config["distributed_type"] == "DEEPSPEED"
+    assert config["num_processes"] == 4
+    assert config["deepspeed_config"].keys() == {"deepspeed_config_file", "zero3_init_flag"}
+    assert "mixed_precision" not in config
+    assert (ZERO2.parent.parent / config["deepspeed_config"]["deepspeed_config_file"]).samefile(ZERO2)

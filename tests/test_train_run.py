@@ -1,0 +1,205 @@
+"""A run refuses before it loads anything, keeps what another run made, and knows what it resumes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from store_samples import make_identity, make_store
+
+from launch import Process
+from store.errors import InputError, RefdpoError, StoreError
+from train import record
+from train.config import TrainConfig
+from train.run import join, policy_of, train
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """join() writes to it."""
+    with mock.patch.dict(os.environ):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        yield
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    make_store(tmp_path / "store", make_identity(num_rows=10, max_length=64))
+    return TrainConfig(
+        ref_store=tmp_path / "store",
+        output_dir=tmp_path / "run",
+        loss_type=("sigmoid",),
+        beta=0.1,
+        learning_rate=1e-3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+    )
+
+
+def altered(config: TrainConfig) -> TrainConfig:
+    path = config.ref_store / "part-00001.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    return config
+
+
+def unsealed(config: TrainConfig) -> TrainConfig:
+    (config.ref_store / "manifest.json").unlink()
+    return config
+
+
+def other_eval_store(config: TrainConfig) -> TrainConfig:
+    make_store(config.ref_store.parent / "eval", make_identity(dtype="bfloat16"))
+    return replace(config, eval_ref_store=config.ref_store.parent / "eval")
+
+
+def float16(config: TrainConfig) -> TrainConfig:
+    make_store(config.ref_store.parent / "half", make_identity(dtype="float16"))
+    return replace(config, ref_store=config.ref_store.parent / "half")
+
+
+def filled_output(config: TrainConfig) -> TrainConfig:
+    config.output_dir.mkdir()
+    (config.output_dir / "model.safetensors").touch()
+    return config
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (altered, "part-00001.parquet"),
+        (unsealed, "is not sealed"),
+        (other_eval_store, "the eval store was made with another dtype"),
+        (filled_output, "the output folder is not empty"),
+        (lambda config: replace(config, ref_store=Path("store")), "shelf"),
+        (lambda config: replace(config, ref_store=config.ref_store / "nowhere"), "no such folder"),
+        (lambda config: replace(config, max_length=65), "scored for shorter sequences"),
+        (lambda config: replace(config, max_length=1), "no pair is left"),
+        (float16, "float16 trains on GPUs only"),
+        (lambda config: replace(config, resume=True), "no checkpoint to resume from"),
+        (lambda config: replace(config, resume=Path("nowhere")), "no complete checkpoint of a run"),
+    ],
+)
+def test_bad_input_stops_before_a_model_is_loaded(config, spoil, words, monkeypatch):
+    config = spoil(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with mock.patch("train.run.dpo_config", side_effect=AssertionError), pytest.raises(RefdpoError, match=words):
+        train(config)
+    assert not (config.output_dir / record.NAME).exists()
+
+
+def test_dropped_pairs_are_counted_on_screen(config, capsys):
+    with mock.patch("train.run.dpo_config", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train(replace(config, max_length=20))
+    assert "of 10 pairs dropped: their prompt alone fills max length 20" in capsys.readouterr().out
+
+
+def test_default_policy_is_the_stores_model_at_its_revision(config):
+    identity = make_identity()
+    assert vars(policy_of(config, identity)) == {
+        "name": "acme/tiny",
+        "revision": "main",
+        "tokenizer": "acme/tiny",
+        "tokenizer_revision": "main",
+        "dtype": "float32",
+    }
+    other = policy_of(replace(config, policy="me/other", revision="v2", dtype="bfloat16"), identity)
+    assert (other.name, other.revision, other.tokenizer, other.tokenizer_revision, other.dtype) == (
+        "me/other",
+        "v2",
+        "me/other",
+        "v2",
+        "bfloat16",
+    )
+    apart = policy_of(config, make_identity(tokenizer="acme/words"))
+    assert (apart.tokenizer, apart.tokenizer_revision) == ("acme/words", None)
+
+
+def test_environment_for_one_process():
+    join(Process(rank=0, world=1, local_rank=0))
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    assert 0 < int(os.environ["MASTER_PORT"]) < 65536
+
+
+def test_environment_under_srun():
+    os.environ |= {"SLURM_JOB_ID": "123456", "SLURM_STEP_NUM_NODES": "1"}
+    join(Process(rank=3, world=4, local_rank=3))
+    assert (os.environ["RANK"], os.environ["MASTER_PORT"]) == ("3", str(20000 + 123456 % 20000))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ["SLURM_STEP_NUM_NODES"] = "2"
+    with pytest.raises(InputError, match="MASTER_ADDR and MASTER_PORT"):
+        join(Process(rank=3, world=4, local_rank=3))
+
+
+def test_a_launchers_environment_is_kept():
+    os.environ |= {"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
+    join(Process(rank=5, world=8, local_rank=1))
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["LOCAL_RANK"]) == ("node7", "29500", "1")
+
+
+def started(config: TrainConfig, **changes) -> dict:
+    return record.started(config, make_identity(**changes), {"dtype": "float32"}, max_length=64, batch=8)
+
+
+def test_an_output_folder_is_used_once(tmp_path, config):
+    folder = tmp_path / "run"
+    record.refuse_other_run(folder)
+    record.write(folder, started(config))
+    record.refuse_other_run(folder)  # died before its first checkpoint: nothing is lost by starting again
+    (folder / "checkpoint-10").mkdir()
+    record.refuse_other_run(folder)  # likewise where the first checkpoint was cut short
+    (folder / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    with pytest.raises(InputError, match="Continue its run with --resume"):
+        record.refuse_other_run(folder)
+    (folder / "model.safetensors").touch()
+    with pytest.raises(InputError, match="Choose another --output-dir"):
+        record.refuse_other_run(folder)
+    with pytest.raises(InputError, match="a file, not a folder"):
+        record.refuse_other_run(folder / "model.safetensors")
+
+
+def test_last_checkpoint_is_found(config):
+    for step in (9, 10):
+        (config.output_dir / f"checkpoint-{step}").mkdir(parents=True)
+        (config.output_dir / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (config.output_dir / "checkpoint-11").mkdir()  # killed while it was written
+    assert record.checkpoint_of(config) is None
+    assert record.checkpoint_of(replace(config, resume=True)) == config.output_dir / "checkpoint-10"
+    assert record.checkpoint_of(replace(config, resume=config.output_dir / "checkpoint-9")) == config.output_dir / "checkpoint-9"
+
+
+def test_a_resumed_run_must_be_the_one_that_was_started(tmp_path, config):
+    checkpoint = tmp_path / "run" / "checkpoint-10"
+    with pytest.raises(InputError, match="no readable record"):
+        record.compare_with_started(checkpoint, started(config))
+    record.write(tmp_path / "run", started(config))
+    free = {"resume": True, "logging_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False, "report_to": ()}
+    record.compare_with_started(checkpoint, started(replace(config, **free)))
+    with pytest.raises(InputError, match=r"expected beta 0.1; seed 42; found beta 0.2; seed 7"):
+        record.compare_with_started(checkpoint, started(replace(config, beta=0.2, seed=7)))
+    with pytest.raises(InputError, match=r"expected effective_batch_size 8; found effective_batch_size 16"):
+        record.compare_with_started(checkpoint, started(config) | {"effective_batch_size": 16})
+    with pytest.raises(InputError, match=r"expected weights_sha256 a1a1a1a1a1a1; found weights_sha256 999999999999"):
+        record.compare_with_started(checkpoint, started(config, weights_sha256="99" * 32))
+    (tmp_path / "run" / record.NAME).write_text(json.dumps({"config": {}, "store": {}}))
+    with pytest.raises((InputError, StoreError)):
+        record.compare_with_started(checkpoint, started(config))
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path, config):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        record.write(tmp_path / "file" / "run", started(config))
+
+
+def test_checks_before_launch_need_no_torch():
+    """The command line asks them before it starts any rank."""
+    code = "import sys, train.config, train.record; assert not {'torch', 'transformers', 'trl'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

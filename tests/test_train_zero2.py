@@ -1,0 +1,158 @@
+"""Phase 2 under real DeepSpeed ZeRO-2 on two processes: the proofs that the stored values are the ones trained with, and that nothing else is."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import make_model
+from train_setup import make_rows, make_store, make_tokenizer, make_world
+
+from store.reader import open_store
+
+SHIFT = -3.0
+BETA = 0.1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("zero2")
+    world = make_world(folder)
+    make_store(folder / "store-bfloat16", world.model, world.rows, "bfloat16")
+    make_store(folder / "store-shifted", world.model, world.rows, shift=SHIFT)
+    make_store(folder / "store-eval", world.model, make_rows(10, seed=1), dataset="held out")
+    make_model("llama", seed=1).save_pretrained(folder / "other")
+    make_tokenizer().save_pretrained(folder / "other")
+    (folder / "rows.json").write_text(json.dumps(world.rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict:
+    root = Path(__file__).parent.parent
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    env["MALLOC_MMAP_THRESHOLD_"] = (
+        "65536"  # freed tensors go back to the system at once: the memory case measures what is resident
+    )
+    env.pop("RANK", None)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+    ]
+    done = subprocess.run(
+        [*command, str(root / "tests" / "zero2_cases.py"), str(folder)],
+        env=env,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads((folder / "results.json").read_text()) | {"output": done.stdout}
+
+
+def test_it_is_zero_2_on_two_processes(results):
+    assert results["start"]["engine"] == "DeepSpeedEngine stage 2"
+    assert results["start"]["world"] == 2
+
+
+def test_policy_equal_to_reference_starts_at_ln_2(results):
+    assert results["start"]["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_policy_equal_to_reference_starts_at_ln_2_in_bfloat16(results):
+    # Noise of this model: 0.003 nats per token, so 0.03 per sum of 50 tokens; times beta / 2.
+    assert results["start_bfloat16"]["losses"][0] == pytest.approx(math.log(2), abs=2e-3)
+
+
+def test_shifted_store_gives_exactly_the_loss_that_follows(results):
+    """chosen ratio = policy - (reference + d) = -d, so the loss is -log sigmoid(beta * -d) = softplus(beta * d)."""
+    assert results["shifted"]["losses"][0] == pytest.approx(math.log1p(math.exp(BETA * SHIFT)), abs=1e-6)
+
+
+def test_reference_values_reach_the_bfloat16_loss_in_float32(results, folder):
+    table = open_store(folder / "store-bfloat16").lengths()
+    stored = {
+        tuple(pair)
+        for pair in np.stack([table[f"ref_{side}_logps"] for side in ("chosen", "rejected")], axis=1).astype(np.float32).tolist()
+    }
+    seen = results["start_bfloat16"]["seen"]
+    assert {dtype for dtype, _, _ in seen} == {"torch.float32"}
+    arrived = {pair for _, chosen, rejected in seen for pair in zip(chosen, rejected, strict=True)}
+    assert len(arrived) == 4  # this rank's half of the batch
+    assert arrived <= stored
+    assert results["start_bfloat16"]["logps_dtype"] == "torch.float32"
+
+
+def test_twenty_steps_equal_trl_with_an_online_reference(results):
+    twenty = results["twenty_steps"]
+    assert len(twenty["ours"]) == len(twenty["theirs"]) == 20
+    assert twenty["ours"] == pytest.approx(twenty["theirs"], abs=1e-5)
+    assert min(twenty["theirs"]) < 0.6  # it learned: the comparison is not one of constants
+    assert twenty["our_margins"] == pytest.approx(twenty["their_margins"], abs=1e-4)
+
+
+def test_no_reference_model_exists_and_none_runs(results):
+    twenty = results["twenty_steps"]
+    assert twenty["ref_model"] == "None"
+    assert twenty["forwards"] == twenty["losses_computed"] == 40  # two micro-batches a step
+    assert twenty["models_added"] == [
+        1,
+        2,
+    ]  # the policy; with TRL's online reference two
+
+
+def test_peak_memory_is_below_that_of_an_online_reference(results):
+    memory = results["memory"]
+    assert memory["online"] - memory["from_store"] > 0.8 * memory["model_bytes"]
+
+
+def test_run_trains_evaluates_and_saves(results, folder):
+    record = json.loads((folder / "run" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["result"]["num_steps"] == 6
+    assert record["result"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert record["store"]["weights_sha256"] == open_store(folder / "store").identity.weights_sha256
+    evaluated = [entry["eval_loss"] for entry in record["log_history"] if "eval_loss" in entry]
+    assert len(evaluated) == 2
+    assert all(0 < loss < 2 for loss in evaluated)
+    assert (folder / "run" / "model.safetensors").exists()
+    assert (folder / "run" / "tokenizer.json").exists()
+    assert "8 random pairs" in results["output"]
+    assert "0.6931 at step 1" in results["output"]
+
+
+def test_resumed_run_continues_as_the_uninterrupted_one(results, folder):
+    histories = [json.loads((folder / name / "run.json").read_text())["log_history"] for name in ("run", "resumed")]
+    # A run that began anew would show the same losses: only what it did not write tells that it went on from step 3.
+    assert not (folder / "resumed" / "checkpoint-3").exists()
+    assert (folder / "resumed" / "checkpoint-6").exists()
+    losses = [{entry["step"]: entry["loss"] for entry in history if "loss" in entry} for history in histories]
+    assert losses[0].keys() == losses[1].keys() == set(range(1, 7))
+    assert [losses[1][step] for step in (4, 5, 6)] == pytest.approx([losses[0][step] for step in (4, 5, 6)], abs=1e-7)
+
+
+def test_gate_stops_every_rank_with_one_error(results):
+    first, second = results["gate"]["errors"]
+    assert first == second
+    assert "weights_sha256" in first
+    assert "nats per token" in first
+
+
+def test_an_allowed_policy_trains_with_a_notice(results):
+    gate = results["gate"]
+    assert gate["first_loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert gate["last_loss"] != gate["first_loss"]  # the last step is logged, whatever --logging-steps
+    assert "--allow-different-policy" in results["output"]

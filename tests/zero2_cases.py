@@ -1,0 +1,263 @@
+"""Run by test_train_zero2.py under torchrun: every case trains with a real DeepSpeed engine on each of two processes.
+
+torchrun --nproc_per_node 2 tests/zero2_cases.py FOLDER    reads the worlds in FOLDER, writes FOLDER/results.json from rank 0
+"""
+
+import gc
+import json
+import re
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed
+from datasets import Dataset
+from tiny import SMALL
+from train_setup import DTYPES, MAX_LENGTH
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from trl import DPOConfig, DPOTrainer
+
+from store.errors import RefdpoError
+from store.reader import open_store
+from train.config import ZERO2, TrainConfig
+from train.data import dataset_of
+from train.run import train
+from train.trainer import StoreDPOTrainer
+
+FOLDER = Path(sys.argv[1])
+TOKENIZER = PreTrainedTokenizerFast.from_pretrained(FOLDER / "model")
+ROWS = json.loads((FOLDER / "rows.json").read_text())
+
+SETTINGS = {
+    "output_dir": str(FOLDER / "unused"),
+    "use_cpu": True,
+    "deepspeed": str(ZERO2),
+    "report_to": "none",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "beta": 0.1,
+    "max_length": MAX_LENGTH,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "remove_unused_columns": False,
+}
+
+
+def policy(dtype: str = "float32") -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=DTYPES[dtype])
+
+
+class Watched(StoreDPOTrainer):
+    """Records what arrives in the loss, and how often the policy is run for it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        (
+            self.seen,
+            self.forwards,
+            self.losses_computed,
+            self.logps_dtype,
+            self.engine,
+        ) = [], 0, 0, "", ""
+        self.model.register_forward_hook(self._on_forward)
+
+    def _on_forward(self, module, args, output):
+        self.forwards += 1
+        self.logps_dtype = str(output.log_probs.dtype)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        self.losses_computed += 1
+        self.engine = f"{type(model).__name__} stage {model.zero_optimization_stage()}"
+        chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        self.seen.append((str(chosen.dtype), chosen.tolist(), rejected.tolist()))
+        return super()._compute_loss(model, inputs, return_outputs)
+
+
+def from_store(store: str, dtype: str = "float32", model: PreTrainedModel | None = None, **changes) -> Watched:
+    """A trainer fed by the store FOLDER/<store>, already trained."""
+    args = DPOConfig(**(SETTINGS | {"bf16": dtype == "bfloat16", "precompute_ref_log_probs": True} | changes))
+    dataset = dataset_of(open_store(FOLDER / store), MAX_LENGTH)
+    trainer = Watched(
+        model=model or policy(dtype),
+        args=args,
+        train_dataset=dataset,
+        processing_class=TOKENIZER,
+    )
+    trainer.train()
+    return trainer
+
+
+def online(
+    model: PreTrainedModel | None = None,
+    reference: PreTrainedModel | None = None,
+    **changes,
+) -> DPOTrainer:
+    """TRL's own trainer with a reference model beside the policy, on the same rows as text, already trained."""
+    args = DPOConfig(**(SETTINGS | {"bf16": False} | changes))
+    model, reference = model or policy(), reference or policy()
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=TOKENIZER,
+    )
+    trainer.train()
+    return trainer
+
+
+def history(trainer, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def case_start() -> dict:
+    trainer = from_store("store", max_steps=1)
+    return {
+        "losses": history(trainer),
+        "engine": trainer.engine,
+        "world": torch.distributed.get_world_size(),
+    }
+
+
+def case_start_bfloat16() -> dict:
+    trainer = from_store("store-bfloat16", "bfloat16", max_steps=1)
+    return {
+        "losses": history(trainer),
+        "seen": trainer.seen,
+        "logps_dtype": trainer.logps_dtype,
+        "engine": trainer.engine,
+    }
+
+
+def case_shifted() -> dict:
+    return {"losses": history(from_store("store-shifted", max_steps=1))}
+
+
+def case_twenty_steps() -> dict:
+    """Also what exists in memory and runs meanwhile: `forwards` per loss, whole models alive."""
+    alive = [models_alive()]
+    ours = from_store("store", max_steps=20)
+    alive.append(models_alive())
+    theirs = online(max_steps=20)
+    alive.append(models_alive())
+    return {
+        "ours": history(ours),
+        "theirs": history(theirs),
+        "our_margins": history(ours, "rewards/margins"),
+        "their_margins": history(theirs, "rewards/margins"),
+        "forwards": ours.forwards,
+        "losses_computed": ours.losses_computed,
+        "ref_model": repr(ours.ref_model),
+        "models_added": [alive[1] - alive[0], alive[2] - alive[1]],
+    }
+
+
+def case_memory() -> dict:
+    """Resident bytes that each way of training adds at its peak, with a model of 64 MB."""
+    big = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    added = []
+    for start in (
+        lambda: from_store("store", model=llama(**big), max_steps=1),
+        lambda: online(llama(**big), llama(**big), max_steps=1),
+    ):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+        before = resident("VmRSS")
+        trainer = start()
+        added.append(resident("VmHWM") - before)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
+        del trainer
+        gc.collect()
+    return {"from_store": added[0], "online": added[1], "model_bytes": size}
+
+
+def llama(**changes) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**(SMALL | changes)))
+
+
+def resident(entry: str) -> int:
+    """Bytes: VmRSS now, VmHWM at most."""
+    return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+RUN = TrainConfig(
+    ref_store=FOLDER / "store",
+    eval_ref_store=FOLDER / "store-eval",
+    output_dir=FOLDER / "run",
+    loss_type=("sigmoid",),
+    beta=0.1,
+    learning_rate=1e-3,
+    per_device_train_batch_size=2,
+    effective_batch_size=8,
+    max_steps=6,
+    warmup_ratio=0.0,
+    save_steps=3,
+    eval_steps=3,
+    logging_steps=1,
+    gradient_checkpointing=True,
+    dataloader_num_workers=1,
+)
+
+
+def case_run_and_resume() -> dict:
+    """train.run.train: through the gate to a saved model, then again from the checkpoint in the middle."""
+    whole = train(RUN)
+    resumed = train(replace(RUN, output_dir=FOLDER / "resumed", resume=FOLDER / "run" / "checkpoint-3"))
+    return {"whole": vars(whole), "resumed": vars(resumed)}
+
+
+def case_gate() -> dict:
+    """Both ranks get the same error for another policy; with the flag it trains."""
+    other = replace(
+        RUN,
+        policy=str(FOLDER / "other"),
+        output_dir=FOLDER / "run-other",
+        save_strategy="no",
+        eval_ref_store=None,
+        eval_steps=None,
+    )
+    try:
+        train(other)
+        error = ""
+    except RefdpoError as refusal:
+        error = str(refusal)
+    errors = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    allowed = train(replace(other, allow_different_policy=True, max_steps=2, logging_steps=10))
+    return {"errors": errors, "first_loss": allowed.first_loss, "last_loss": allowed.last_loss}
+
+
+def models_alive() -> int:
+    gc.collect()
+    return sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects())
+
+
+def main() -> None:
+    results, seconds = {}, {}
+    for name, case in list(globals().items()):
+        if name.startswith("case_"):
+            started = time.time()
+            results[name.removeprefix("case_")] = case()
+            seconds[name] = round(time.time() - started, 1)
+            gc.collect()
+    if torch.distributed.get_rank() == 0:
+        staged = FOLDER / "results.tmp"
+        staged.write_text(json.dumps(results | {"seconds": seconds}))
+        shutil.move(staged, FOLDER / "results.json")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

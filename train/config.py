@@ -1,0 +1,319 @@
+"""Everything a training run is told, checked before anything is loaded. Contradictions are refused, nothing is adjusted in silence."""
+
+import importlib.util
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from store.errors import InputError
+
+ZERO2 = Path(__file__).with_name("zero2.json")
+"""The DeepSpeed configuration used unless another is given: stage 2, `auto` where the other options already say it."""
+
+LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+"""TRL 1.16's, in its order. OLMo 3 and Tulu call `sigmoid_norm` dpo_norm."""
+
+LR_SCHEDULER_TYPES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+"""transformers' schedules that need no arguments of their own."""
+
+REPORTERS = ("wandb", "tensorboard")
+
+LAYOUTS = ("packed", "padded")
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. What changes the numbers and depends on the data set or the loss has no default here; presets.py has such values."""
+
+    ref_store: Path
+    """Sealed store with the pairs and their reference log-probs."""
+    output_dir: Path
+    """Gets the trained model, its tokenizer, checkpoints and run.json. Must not hold another run."""
+    loss_type: tuple[str, ...]
+    """Any of LOSS_TYPES, added up with `loss_weights`."""
+    beta: float
+    """Its scale belongs to the loss type: 5 with `sigmoid_norm` (mean log-probs), 0.1 with `sigmoid` (sums)."""
+    learning_rate: float
+    per_device_train_batch_size: int
+    """Pairs per forward pass on each device."""
+    effective_batch_size: int | None = None
+    """Pairs per optimizer step over all devices: accumulation is derived and must come out whole. This or the next, not both."""
+    gradient_accumulation_steps: int | None = None
+    eval_ref_store: Path | None = None
+    where: str | None = None
+    """SQL condition over the store's `pairs`: only these are trained and evaluated on."""
+    order_by: str | None = None
+    """SQL order of the training pairs, kept as it is instead of shuffling."""
+    eval_fraction: float | None = None
+    """Share of the store's pairs, chosen by the hash of their pair_id, to evaluate on instead of training."""
+    policy: str | None = None
+    """Folder or hub id of the model to train; None: the store's reference model, where it was loaded from then."""
+    revision: str | None = None
+    """Revision of `policy`; without `policy` the store's own revision holds."""
+    tokenizer: str | None = None
+    """None: the store's tokenizer with the store's model, the policy's own otherwise."""
+    chat_template: Path | None = None
+    """The template file given to precompute, if one was."""
+    max_length: int | None = None
+    """Tokens of prompt + completion, at most the store's; None: the store's."""
+    dtype: str | None = None
+    """Of weights and activations (optimizer states are float32 in any case); None: the store's."""
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    ld_alpha: float | None = None
+    """LD-DPO's weight of the tokens beyond the shorter completion; None: plain sums."""
+    use_weighting: bool = False
+    """WPO: weigh each pair by how likely the policy is to write its completions."""
+    layout: str = "packed"
+    """packed: without padding, prompts once, ranks evenly loaded; padded: stock TRL."""
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.1
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `num_train_epochs` says."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = True
+    torch_compile: bool = False
+    dataloader_num_workers: int = 0
+    zero_config: Path = ZERO2
+    """DeepSpeed JSON of stage 0, 1 or 2."""
+    logging_steps: int = 10
+    save_strategy: str = "steps"
+    """no | steps | epoch: when a checkpoint to resume from is written. The trained model is saved in any case."""
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    """Keep this many of the newest checkpoints; None: all."""
+    eval_steps: int | None = None
+    """Evaluate on the eval store every so many steps; None: once per epoch."""
+    report_to: tuple[str, ...] = ()
+    resume: bool | Path = False
+    """True: from the last checkpoint in `output_dir`; a path: from that checkpoint."""
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    allow_different_policy: bool = False
+    """Train a policy that is not the store's reference; the loss then does not start at that of an untrained model."""
+
+    def __post_init__(self):
+        for name in ("ref_store", "output_dir", "eval_ref_store", "chat_template", "zero_config"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("loss_type", "loss_weights", "report_to"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_loss()
+        self._check_schedule()
+        self._check_environment()
+
+    def _check_loss(self) -> None:
+        unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
+        if unknown or not self.loss_type:
+            found = ", ".join(unknown) or "none"
+            raise InputError(
+                "unknown loss type", where="--loss-type", expected=f"one or more of {', '.join(LOSS_TYPES)}", found=found
+            )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise InputError(
+                "every loss type needs its weight",
+                where="--loss-weights",
+                expected=f"{len(self.loss_type)} weights for {', '.join(self.loss_type)}",
+                found=len(self.loss_weights),
+            )
+        _require(self.beta > 0 and math.isfinite(self.beta), "--beta", "a positive number", self.beta)
+        smoothed = [name for name in self.loss_type if name in ("robust", "exo_pair")]
+        if self.label_smoothing and not smoothed:
+            raise InputError(
+                f"label smoothing has no effect on {', '.join(self.loss_type)}",
+                where=f"--label-smoothing {self.label_smoothing}",
+                next="Use it with robust or exo_pair.",
+            )
+        _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "at least 0 and below 0.5", self.label_smoothing)
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise InputError("exo_pair needs label smoothing above 0", where="--label-smoothing", next="The EXO paper uses 0.001.")
+        sorting = [name for name in self.loss_type if name in ("aot", "aot_unpaired")]
+        if self.use_weighting and sorting:
+            raise InputError(
+                f"weighting pairs has no meaning for {', '.join(sorting)}",
+                where="--use-weighting",
+                next="It sorts the pairs of a batch; use another loss.",
+            )
+        _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "--ld-alpha", "a number from 0 to 1", self.ld_alpha)
+
+    def _check_schedule(self) -> None:
+        positive = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "logging_steps", "save_steps")
+        optional = (
+            "effective_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "max_steps",
+            "eval_steps",
+            "save_total_limit",
+        )
+        for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), _option(name), "a positive number", value)
+        for name in ("weight_decay", "max_grad_norm", "dataloader_num_workers"):
+            _require(getattr(self, name) >= 0, _option(name), "0 or more", getattr(self, name))
+        _require(0 <= self.warmup_ratio < 1, "--warmup-ratio", "at least 0 and below 1", self.warmup_ratio)
+        if (self.effective_batch_size is None) == (self.gradient_accumulation_steps is None):
+            both = "both are given" if self.effective_batch_size is not None else "neither is given"
+            raise InputError(f"{both}", where="--effective-batch-size, --gradient-accumulation-steps", expected="one of the two")
+        _require_one_of(self.lr_scheduler_type, LR_SCHEDULER_TYPES, "--lr-scheduler-type")
+        _require_one_of(self.save_strategy, ("no", "steps", "epoch"), "--save-strategy")
+        if self.dtype is not None:
+            _require_one_of(self.dtype, DTYPES, "--dtype")
+        _require(
+            self.eval_fraction is None or 0 < self.eval_fraction < 1,
+            "--eval-fraction",
+            "a number between 0 and 1",
+            self.eval_fraction,
+        )
+        if self.eval_fraction is not None and self.eval_ref_store is not None:
+            raise InputError("both are given", where="--eval-fraction, --eval-ref-store", expected="one of the two")
+        if self.eval_steps is not None and not self.evaluates:
+            raise InputError(
+                "there is nothing to evaluate on", where="--eval-steps", next="Give --eval-ref-store or --eval-fraction too."
+            )
+
+    def _check_environment(self) -> None:
+        for name in self.report_to:
+            _require_one_of(name, REPORTERS, "--report-to")
+            if importlib.util.find_spec(name) is None:
+                raise InputError("not installed", where=f"--report-to {name}", next=f"pip install {name}")
+        if self.push_to_hub != (self.hub_model_id is not None):
+            raise InputError("belong together", where="--push-to-hub, --hub-model-id", next="Give both or neither.")
+        if self.revision is not None and self.policy is None:
+            raise InputError(
+                "belongs to --policy", where="--revision", next="Without --policy the store's model and revision are used."
+            )
+        _require_one_of(self.layout, LAYOUTS, "--layout")
+        if self.layout == "packed" and self.attn_implementation != "sdpa":
+            raise InputError(
+                "the packed layout brings its own attention",
+                where=f"--attn-implementation {self.attn_implementation}",
+                next="Leave it out, or use --layout padded.",
+            )
+        zero_stage(self.zero_config)
+
+    @property
+    def evaluates(self) -> bool:
+        return self.eval_ref_store is not None or self.eval_fraction is not None
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on each of `world_size` devices. Raises InputError where the batch does not divide."""
+        if self.gradient_accumulation_steps is not None:
+            return self.gradient_accumulation_steps
+        together = self.per_device_train_batch_size * world_size
+        if self.effective_batch_size % together:
+            fitting = [
+                size for size in range(1, self.effective_batch_size + 1) if self.effective_batch_size % (size * world_size) == 0
+            ]
+            raise InputError(
+                f"an effective batch of {self.effective_batch_size} pairs does not divide over {world_size} devices"
+                f" with {self.per_device_train_batch_size} each",
+                where="--effective-batch-size",
+                expected=f"a multiple of {together}",
+                found=self.effective_batch_size,
+                next=f"Use --per-device-train-batch-size {' or '.join(map(str, fitting[-4:]))}."
+                if fitting
+                else "Use another number of devices.",
+            )
+        return self.effective_batch_size // together
+
+    def to_json(self) -> dict:
+        """For run.json; paths as text."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+FREE_ON_RESUME = frozenset(
+    {
+        *(
+            "ref_store",
+            "output_dir",
+            "eval_ref_store",
+            "policy",
+            "revision",
+            "tokenizer",
+            "chat_template",
+            "allow_different_policy",
+        ),
+        *(
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_checkpointing",
+            "torch_compile",
+            "attn_implementation",
+            "layout",
+        ),
+        *(
+            "dataloader_num_workers",
+            "zero_config",
+            "logging_steps",
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+            "eval_steps",
+        ),
+        *("report_to", "resume", "push_to_hub", "hub_model_id", "effective_batch_size"),
+    }
+)
+"""Settings that a resumed run may change: paths, speed and bookkeeping. The rest decide where the run goes, and must be the same.
+The store is compared by its identity and the batch by its size in pairs, whatever the paths and the number of devices."""
+
+assert {field.name for field in fields(TrainConfig)} >= FREE_ON_RESUME
+
+
+def zero_stage(path: Path) -> int:
+    """The ZeRO stage of a DeepSpeed configuration: 0, 1 or 2. Raises InputError for a file that is none, or stage 3."""
+    where = f"--zero-config {path}"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        stage = config["zero_optimization"]["stage"]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as JSON: {error}", where=where) from error
+    except (KeyError, TypeError) as error:
+        raise InputError("names no ZeRO stage", where=where, expected='{"zero_optimization": {"stage": 2, …}, …}') from error
+    if stage not in (0, 1, 2):
+        raise InputError(
+            "this trains with whole parameters on every device",
+            where=where,
+            expected="ZeRO stage 0, 1 or 2",
+            found=f"stage {stage}",
+            next="The gate rescores with the live policy before step 1, which needs them whole.",
+        )
+    return stage
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _require(holds: bool, where: str, expected: str, found: object) -> None:
+    if not holds:
+        raise InputError("out of range", where=where, expected=expected, found=found)
+
+
+def _require_one_of(value: str, allowed: tuple[str, ...], where: str) -> None:
+    if value not in allowed:
+        raise InputError("unknown value", where=where, expected=f"one of {', '.join(allowed)}", found=value)

@@ -1,0 +1,107 @@
+"""A sealed store as the `datasets.Dataset` that TRL trains on, without a copy of it.
+
+The dataset holds one number per pair, its position in the store: a million pairs are 8 MB. Token ids and reference sums are read from the
+Parquet files when a batch is asked for, in whichever process asks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from store.derive import derive, fits
+from store.errors import InputError
+from store.reader import Store
+from store.schema import SUMS_ONLY
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+"""What TRL's collator gets for each pair: lists of int and two floats (nats)."""
+
+FOR_DERIVING = (
+    *("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens", "chosen_truncated", "rejected_truncated"),
+    *("chosen_token_logps", "rejected_token_logps"),
+)
+"""What `derive` needs besides, where sums other than the stored ones are asked for."""
+
+POSITION = "position"
+
+
+@dataclass(frozen=True)
+class ReadPairs:
+    """Positions in a store -> COLUMNS. Holds no open file: workers may fork or unpickle it."""
+
+    store: Store
+    max_length: int
+    ld_alpha: float | None
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list]:
+        if self.max_length == self.store.identity.max_length and self.ld_alpha is None:
+            table = self.store.read(batch[POSITION], COLUMNS)
+        else:
+            table = derive(self.store.read(batch[POSITION], COLUMNS + FOR_DERIVING), self.max_length, self.ld_alpha)
+        return {name: table[name].to_pylist() for name in COLUMNS}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of tokens of the pairs of a dataset, in its order: int64 [pairs] each."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def packed(self) -> np.ndarray:
+        """What the packed layout computes of each pair: the prompt once."""
+        return self.prompt + self.chosen + self.rejected
+
+    @property
+    def longer(self) -> np.ndarray:
+        """Tokens of the longer side, prompt included."""
+        return self.prompt + np.maximum(self.chosen, self.rejected)
+
+
+def lengths_of(dataset: Dataset, store: Store, max_length: int) -> Lengths:
+    """Of a dataset that `dataset_of` made from `store` for `max_length`. Reads the short columns only."""
+    positions = dataset.with_format("numpy")[POSITION][:]
+    columns = [f"num_{part}_tokens" for part in ("prompt", "chosen", "rejected")]
+    table = store.columns(columns)
+    prompt, chosen, rejected = (table[name].to_numpy().astype(np.int64)[positions] for name in columns)
+    return Lengths(prompt, np.minimum(chosen, max_length - prompt), np.minimum(rejected, max_length - prompt))
+
+
+def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, positions: Sequence[int] | None = None) -> Dataset:
+    """The pairs of `store` as a store of `max_length` would hold them; sums are LD-DPO's if `ld_alpha` is given.
+
+    `positions` says which pairs and in which order (store/select.py); None: all, in the store's order.
+    A pair whose prompt alone fills `max_length` is left out, as TRL leaves it out: `store.num_pairs - len(dataset)` of them.
+    Raises InputError for a `max_length` above the store's, or one that leaves no pair.
+    """
+    if max_length > store.identity.max_length:
+        raise InputError(
+            "the store was scored for shorter sequences",
+            where=f"--max-length {max_length}",
+            expected=f"at most {store.identity.max_length} ({store.path})",
+            found=max_length,
+            next="Lower --max-length, or make a store with a longer one.",
+        )
+    if store.identity.scorer_version == SUMS_ONLY and (max_length < store.identity.max_length or ld_alpha is not None):
+        raise InputError(
+            "the store was imported and has sums only, no token values",
+            where=f"{store.path}, {'--ld-alpha' if ld_alpha is not None else '--max-length'}",
+            next=f"Train with --max-length {store.identity.max_length} and without --ld-alpha, or score the rows with precompute.",
+        )
+    positions = np.arange(store.num_pairs) if positions is None else np.asarray(positions, np.int64)
+    if max_length < store.identity.max_length:
+        positions = positions[fits(store.columns(["num_prompt_tokens"]), max_length).to_numpy(zero_copy_only=False)[positions]]
+    if not len(positions):
+        raise InputError(
+            "no pair is left to train on",
+            where=f"{store.path}, --max-length {max_length}",
+            found=f"{store.num_pairs} pairs in the store",
+        )
+    dataset = Dataset(pa.table({POSITION: positions}))
+    dataset.set_transform(ReadPairs(store, max_length, ld_alpha))
+    return dataset

@@ -1,0 +1,77 @@
+"""FLOPs that a pair needs in training, and what a GPU could do at best: their ratio is model FLOPs utilization (MFU).
+
+forward   2 per weight of the linear layers and token, the prompt once; 2 per weight of the head and completion token;
+          4 per query head, head dimension and (query, visible key): within the layer's sliding window
+training  3 times that: one forward, twice as much backward. What gradient checkpointing computes again is not counted
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Dense bfloat16 or float16, FLOPs per second, from the vendor's data sheets; the first name that the GPU's contains holds."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Of one device; None where it is not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class PairFlops:
+    """What a model needs for pairs of given lengths."""
+
+    body: int
+    """Weights of the linear layers below the head."""
+    head: int
+    width: int
+    """Query heads x head dimension."""
+    windows: tuple[int | None, ...]
+    """Of each layer: keys a query sees at most, its own included; None: all before it."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "PairFlops | None":
+        """None for mixtures of experts: how many of their weights a token meets is not written down in one way."""
+        config = model.config.get_text_config()
+        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+            return None
+        linear = [module.weight.numel() for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        window = getattr(config, "sliding_window", None)
+        return cls(
+            body=sum(linear),
+            head=model.get_output_embeddings().weight.numel(),
+            width=config.num_attention_heads * head_dim,
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        )
+
+    def of_pairs(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+        """Forward and backward of each pair: numbers of tokens [pairs] -> float64 [pairs]."""
+        prompt, chosen, rejected = (np.asarray(counts, np.float64) for counts in (prompt, chosen, rejected))
+        forward = 2 * self.body * (prompt + chosen + rejected) + 2 * self.head * (chosen + rejected)
+        for window in self.windows:
+            visible = _visible(prompt + chosen, window) + _visible(prompt + rejected, window) - _visible(prompt, window)
+            forward += 4 * self.width * visible
+        return 3 * forward
+
+
+def _visible(length: np.ndarray, window: int | None) -> np.ndarray:
+    """(query, visible key) in causal attention over so many tokens."""
+    full = length if window is None else np.minimum(length, window)
+    return full * (full + 1) / 2 + (length - full) * full

@@ -1,0 +1,233 @@
+"""Before step 1: is the policy the store's reference? Its files are compared by hash, and a few random pairs are scored again with it.
+
+A DPO run with another starting policy, dtype or tokenizer than its reference log-probs runs without any error and learns something else. The
+hashes catch another checkpoint exactly. The rescoring catches what no hash sees: an attention kernel or library that computes something else,
+a store whose numbers are not what its identity claims.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, isnan
+from typing import TypeVar
+
+import torch
+import torch.distributed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from precompute.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
+from precompute.rescore import Rescored, rescore
+from store.errors import InputError, StoreError
+from store.manifest import Identity
+from store.reader import Store
+
+T = TypeVar("T")
+
+NUM_PAIRS = 8
+"""Random pairs rescored, the same on every rank. A mean over some thousand tokens; seconds for a 7B model."""
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Largest mean over tokens of |policy now - stored|, nats. The mean, because single tokens are noisy: bfloat16 moves one by 0.3.
+
+Measured on SmolLM2-135M, 769 tokens of real chats, mean (largest) |difference| per token:
+    same weights, alone against in a padded batch      float32 8e-8 (7e-6)    float16 1e-4 (1e-2)    bfloat16 1e-3 (8e-2)
+    same weights, eager attention against SDPA         bfloat16 0.04 (0.29)
+    same weights, packed precompute against this gate  float32 7e-6            bfloat16 0.04          (2,255 tokens)
+    every weight off by 0.1 % / 1 % (normal)           float32 0.01 / 0.12    bfloat16 0.05 / 0.12
+The tolerance is 2.5 times what another kernel does in bfloat16 (8 times finer for float16's three more bits, rounded up), and far above the
+rounding of any float32 kernel while far below TF32. Weights that differ less than that are caught by their hash.
+"""
+
+COMPARED = ("weights_sha256", "config_sha256", "tokenizer_sha256", "chat_template_sha256", "dtype")
+"""Fields of a store's identity that the policy must share."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field of the identity that the policy does not share, as a person reads it."""
+
+    field: str
+    of_store: str
+    of_policy: str
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gate saw. `rescored` is that of the rank that is farthest off; None where the tokenizer differs: the store's ids then
+    mean something else to the policy."""
+
+    differences: tuple[Difference, ...]
+    rescored: Rescored | None
+    tolerance: float
+
+    @property
+    def within_tolerance(self) -> bool:
+        return self.rescored is not None and self.rescored.mean_token_difference <= self.tolerance  # false for NaN
+
+    @property
+    def different(self) -> bool:
+        return bool(self.differences) or not self.within_tolerance
+
+    def __str__(self) -> str:
+        seen = self.rescored
+        if seen is None:
+            return "not scored again, as the tokenizer differs"
+        text = (
+            f"{seen.num_pairs} random pairs ({seen.num_tokens:,} tokens) scored with the policy differ from the store by"
+            f" {seen.mean_token_difference:.2g} nats per token (tolerance {self.tolerance:g})"
+        )
+        if not self.within_tolerance:
+            text += f", most on source row {seen.worst_row}: {seen.worst_row_difference:.2g} per token; a completion's sum is off by up to"
+            text += f" {seen.max_sum_difference:.3g}"
+        return text
+
+
+def check(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    *,
+    policy: str,
+    revision: str | None = None,
+    seed: int = 0,
+    allow_different_policy: bool = False,
+) -> GateReport:
+    """Compare `model` (loaded from `policy`, in evaluation mode, before any checkpoint) and `tokenizer` with what made `store`.
+
+    Every rank calls this with its own copy of the model and rescores the same pairs; all get the same report or the same error. Hashes
+    are taken on rank 0. Raises InputError for another policy, StoreError for the same policy with other numbers, unless
+    `allow_different_policy`.
+    """
+    differences = _from_first_rank(lambda: _differences(model, tokenizer, store.identity, policy, revision))
+    _check_vocabulary(model, tokenizer, policy)
+    mine = None
+    if "tokenizer_sha256" not in {each.field for each in differences}:
+        # Each sequence alone, by the plain forward and attention that training uses: no padding, no packing, little memory.
+        mine = rescore(model, store, num_pairs=NUM_PAIRS, seed=seed, layout="padded", tokens_per_batch=1)
+    report = GateReport(differences, _farthest_off(_from_all_ranks(mine)), TOLERANCE[store.identity.dtype])
+    if not allow_different_policy:
+        _stop_if_different(report, store, policy)
+    return report
+
+
+def notice(report: GateReport, store: Store, policy: str) -> str:
+    """What is printed when a different policy is trained on purpose."""
+    lines = [
+        "!" * 100,
+        f"!! --allow-different-policy: {policy} is NOT the reference of {store.path} ({store.identity.model}).",
+        *(f"!!   {each.field}: the store has {each.of_store}, the policy {each.of_policy}" for each in report.differences),
+        f"!!   {report}",
+        "!! The loss does not start at that of an untrained policy, and the implicit reward is relative to the store's model.",
+        "!" * 100,
+    ]
+    return "\n".join(lines)
+
+
+def compare_stores(eval_store: Store, store: Store) -> None:
+    """StoreError unless both stores were made by the same model and tokenizer in the same dtype."""
+    of_eval, of_train = eval_store.identity, store.identity
+    differing = [name for name in COMPARED if getattr(of_eval, name) != getattr(of_train, name)]
+    if differing:
+        raise StoreError(
+            f"the eval store was made with another {', '.join(differing)} than {store.path}",
+            where=eval_store.path,
+            expected="; ".join(_shown(name, of_train) for name in differing),
+            found="; ".join(_shown(name, of_eval) for name in differing),
+            next=f"Make the eval store with --model {of_train.model} --dtype {of_train.dtype} and the same tokenizer and template.",
+        )
+
+
+def _stop_if_different(report: GateReport, store: Store, policy: str) -> None:
+    if report.differences:
+        raise InputError(
+            f"the policy {policy} is not the reference of this store",
+            where=store.path,
+            expected="; ".join(f"{each.field} {each.of_store}" for each in report.differences),
+            found="; ".join(f"{each.field} {each.of_policy}" for each in report.differences),
+            next=f"{str(report).capitalize()}. {_remedy(report, store.identity)}",
+        )
+    if not report.within_tolerance:
+        raise StoreError(
+            f"same weights, other numbers: {report}",
+            where=store.path,
+            next="The store's numbers are not what this model computes here: check --attn-implementation and the library versions recorded in"
+            f" its manifest, or score it again into another store. `python cli.py verify {store.path} --model {policy}` shows the noise.",
+        )
+
+
+def _differences(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: Identity, policy: str, revision: str | None
+) -> tuple[Difference, ...]:
+    dtype = str(model.dtype).removeprefix("torch.")
+    now = {
+        "config_sha256": config_sha256(policy, revision),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "chat_template_sha256": chat_template_sha256(tokenizer),
+        "dtype": dtype,
+    }
+    if dtype == identity.dtype:  # weights hash as loaded: in another dtype they say nothing
+        now["weights_sha256"] = weights_sha256(model)
+    name = f"{policy}@{revision}" if revision else policy
+    names = {"weights_sha256": name, "config_sha256": name, "tokenizer_sha256": tokenizer.name_or_path}
+    return tuple(
+        Difference(field, _shown(field, identity), _short(now[field]) + (f" ({names[field]})" if field in names else ""))
+        for field in COMPARED
+        if field in now and now[field] != getattr(identity, field)
+    )
+
+
+def _shown(field: str, identity: Identity) -> str:
+    model = f"{identity.model}@{identity.revision}" if identity.revision else identity.model
+    names = {"weights_sha256": model, "config_sha256": model, "tokenizer_sha256": identity.tokenizer}
+    return _short(getattr(identity, field)) + (f" ({names[field]})" if field in names else "")
+
+
+def _short(value: str) -> str:
+    return value[:12]
+
+
+def _farthest_off(of_ranks: list[Rescored | None]) -> Rescored | None:
+    """NaN is farther off than any number."""
+    differences = [inf if each is None or isnan(each.mean_token_difference) else each.mean_token_difference for each in of_ranks]
+    return of_ranks[differences.index(max(differences))]
+
+
+def _remedy(report: GateReport, identity: Identity) -> str:
+    fields = {each.field for each in report.differences}
+    ways = []
+    if fields & {"weights_sha256", "config_sha256"}:
+        ways.append(f"train from {identity.model}, or score this policy into a store of its own with precompute")
+    if "tokenizer_sha256" in fields:
+        ways.append(f"give --tokenizer {identity.tokenizer}")
+    if "chat_template_sha256" in fields:
+        ways.append("give the --chat-template that precompute was given")
+    if "dtype" in fields:
+        ways.append(f"give --dtype {identity.dtype}")
+    ways.append("insist with --allow-different-policy")
+    text = "; ".join(ways)
+    return text[0].upper() + text[1:] + "."
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: str) -> None:
+    """Too few embeddings for the store's ids cannot even be scored; nothing can allow that."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if embeddings < len(tokenizer):
+        raise InputError(
+            "the policy has too few embeddings", where=f"--policy {policy}", expected=f"{len(tokenizer)} tokens", found=embeddings
+        )
+
+
+def _from_all_ranks(mine: Rescored | None) -> list[Rescored | None]:
+    if not torch.distributed.is_initialized():
+        return [mine]
+    gathered: list[Rescored | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
+
+
+def _from_first_rank(compute: Callable[[], T]) -> T:
+    """The result of `compute` on rank 0, on every rank. An exception there ends the job."""
+    if not torch.distributed.is_initialized():
+        return compute()
+    result = [compute() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(result, src=0)
+    return result[0]

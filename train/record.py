@@ -1,0 +1,151 @@
+"""run.json in the output folder: what is trained from what, with which result. Written before step 1 and again at the end.
+
+Needs neither torch nor transformers, so that a command line can ask `checkpoint_of` and `refuse_other_run` before it starts any rank.
+"""
+
+import json
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from store import record
+from store.errors import InputError
+from store.manifest import Identity
+from train.checkpoint import COMPLETE, cut_short, last_checkpoint
+from train.config import FREE_ON_RESUME, TrainConfig
+
+NAME = "run.json"
+
+RESTARTABLE = frozenset({NAME, "runs"})
+"""What a run that died before its first checkpoint leaves behind: this record and TensorBoard's folder. Nothing is lost by starting again."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run."""
+
+    output_dir: str
+    num_steps: int
+    num_pairs: int
+    first_loss: float
+    """Of step 1 alone; ln 2 = 0.6931 for sigmoid and sigmoid_norm where the policy is the reference."""
+    last_loss: float
+    """Of the last log entry: a mean over the steps since the one before."""
+    seconds: float
+    """Of the training loop."""
+    peak_memory: int
+    """Bytes, of the process that needed most: allocated on its GPU, or resident where there is none."""
+    speed: dict[str, float]
+    """Of the whole run, over all ranks: what train/speed.py counts."""
+
+
+def started(config: TrainConfig, identity: Identity, policy: dict, max_length: int, batch: int) -> dict:
+    """The record of a run before step 1: configuration (seed included), store, versions.
+
+    `policy`: where it is loaded from, and its dtype; `batch`: pairs per optimizer step, over all devices.
+    """
+    return {
+        "status": "running",
+        "started": now(),
+        "host": socket.gethostname(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "config": config.to_json(),
+        "store": identity.to_json(),
+        "policy": policy,
+        "dtype": policy["dtype"],
+        "max_length": max_length,
+        "effective_batch_size": batch,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "deepspeed")},
+    }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write(folder: Path, content: dict) -> None:
+    """Atomically. Raises InputError for a folder that cannot be written."""
+    staged = folder / f".{NAME}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(staged, folder / NAME)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", where=f"--output-dir {folder}") from error
+
+
+def refuse_other_run(folder: Path) -> None:
+    """InputError for an output folder with anything in it that a new run would overwrite: a model is not lost by a slip."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError("a file, not a folder", where=f"--output-dir {folder}")
+    present = sorted(entry.name for entry in folder.iterdir() if not cut_short(entry)) if folder.exists() else []
+    if set(present) <= RESTARTABLE:
+        return
+    shown = ", ".join(present[:5]) + (", …" if len(present) > 5 else "")
+    unfinished = any(name.startswith("checkpoint-") for name in present) and not any(
+        name.endswith(".safetensors") for name in present
+    )
+    raise InputError(
+        "the output folder is not empty",
+        where=f"--output-dir {folder}",
+        found=shown,
+        next="Continue its run with --resume, or choose another --output-dir."
+        if unfinished
+        else "Choose another --output-dir, or empty it yourself.",
+    )
+
+
+def checkpoint_of(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from; None for a new run. Raises InputError where there is none."""
+    if config.resume is False:
+        return None
+    if config.resume is not True:
+        if not (Path(config.resume) / COMPLETE).is_file():
+            raise InputError(
+                "no complete checkpoint of a run", where=f"--resume {config.resume}", expected=f"checkpoint-<step> with {COMPLETE}"
+            )
+        return Path(config.resume)
+    last = last_checkpoint(config.output_dir)
+    if last is None:
+        raise InputError(
+            "there is no checkpoint to resume from", where=f"--output-dir {config.output_dir}", next="Start without --resume."
+        )
+    return last
+
+
+def compare_with_started(checkpoint: Path, now: dict) -> None:
+    """InputError where a resumed run would not be the run that was started: names each setting with both values."""
+    path = checkpoint.parent / NAME
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+        before, after = _course(then), _course(json.loads(json.dumps(now)))
+        stores = (record.build(Identity, then["store"], path), record.build(Identity, now["store"], path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            "the run to resume has no readable record", where=path, next="Start again in another --output-dir."
+        ) from error
+    differing = [(name, before.get(name), after[name]) for name in after if before.get(name) != after[name]]
+    differing += stores[0].differences(stores[1])
+    if differing:
+        raise InputError(
+            "a resumed run must go on as it began",
+            where=path,
+            expected="; ".join(f"{name} {_short(value)}" for name, value, _ in differing),
+            found="; ".join(f"{name} {_short(value)}" for name, _, value in differing),
+            next="Give the options of the first start, or train into another --output-dir.",
+        )
+
+
+def _course(content: dict) -> dict:
+    """The settings that decide where a run goes."""
+    settings = {name: value for name, value in content["config"].items() if name not in FREE_ON_RESUME}
+    settings |= {name: content[name] for name in ("dtype", "max_length", "effective_batch_size")}
+    return settings | {"selection": content.get("selection", {}).get("pair_ids_sha256")}
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) and len(value) > 32 else str(value)

@@ -1,0 +1,352 @@
+"""One training run, inside each rank: open the store, load the policy, pass the gate, train, save.
+
+1. store      sealed, every checksum right (rank 0 reads every byte, the others the manifest)
+2. policy     the store's own model unless another is named; in the store's dtype
+3. gate       policy = reference?                       train/gate.py
+4. train      TRL's DPO under DeepSpeed, no reference    train/trainer.py
+5. save       output_dir: model, tokenizer, run.json     run.json is written first as well, so that --resume knows what it continues
+"""
+
+import json
+import os
+import resource
+import socket
+import warnings
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed
+from transformers import PrinterCallback
+from trl import DPOConfig
+
+from launch import Process, launched
+from precompute.model import load_model, load_tokenizer
+from stop import Stopped, StopRequest, listening
+from store.errors import InputError
+from store.manifest import Identity
+from store.reader import open_store
+from store.select import Selection, select
+from train import gate, record
+from train.balance import Shape, shuffled
+from train.config import TrainConfig
+from train.data import dataset_of, lengths_of
+from train.interrupt import CheckpointAndStop
+from train.outlook import describe, outlook
+from train.packed import refuse_unpackable_policy
+from train.progress import ProgressLines
+from train.record import TrainResult
+from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, write_whole
+from train.speed import PHASES
+from train.trainer import LogLastStep, StoreDPOTrainer
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where the policy and its tokenizer are loaded from."""
+
+    name: str
+    revision: str | None
+    tokenizer: str
+    tokenizer_revision: str | None
+    dtype: str
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run phase 2 on this rank. Every rank calls it; rank 0 prints. Raises InputError or StoreError before anything is trained, and
+    Stopped, with a checkpoint written, when told to stop."""
+    with listening() as stop:
+        return _train(config, stop)
+
+
+def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
+    process = launched() or Process(rank=0, world=1, local_rank=0)
+    join(process)
+    first = process.rank == 0
+    say = print if first else _silent
+    accumulation = config.accumulation_steps(process.world)
+    checkpoint = record.checkpoint_of(config)
+    if first and checkpoint is None:
+        record.refuse_other_run(config.output_dir)
+
+    store = open_store(config.ref_store, check="sha256" if first else "none")
+    max_length = config.max_length or store.identity.max_length
+    selection = select(config.ref_store, config.where, config.order_by, config.eval_fraction)
+    pairs = dataset_of(store, max_length, config.ld_alpha, selection.train)
+    if not selection.everything:
+        say(str(selection))
+    if len(pairs) < len(selection.train):
+        dropped = len(selection.train) - len(pairs)
+        say(f"{dropped:,} of {len(selection.train):,} pairs dropped: their prompt alone fills max length {max_length}")
+    eval_pairs = dataset_of(store, max_length, config.ld_alpha, selection.eval) if config.eval_fraction is not None else None
+    if config.eval_ref_store is not None:
+        eval_store = open_store(config.eval_ref_store, check="sha256" if first else "none")
+        gate.compare_stores(eval_store, store)
+        eval_pairs = dataset_of(eval_store, max_length, config.ld_alpha)
+    lengths = lengths_of(pairs, store, max_length)
+    policy = policy_of(config, store.identity)
+    if policy.dtype == "float16" and not torch.cuda.is_available():
+        raise InputError(
+            "float16 trains on GPUs only", where="--dtype float16", next="On the CPU use a store in float32 or bfloat16."
+        )
+    batch = config.per_device_train_batch_size * accumulation * process.world
+    course = record.started(config, store.identity, asdict(policy), max_length, batch)
+    course |= {
+        "selection": selection.to_json(),
+        "num_pairs": len(pairs),
+        "num_eval_pairs": len(eval_pairs or ()),
+        "world_size": process.world,
+    }
+    if first and checkpoint is not None:
+        record.compare_with_started(checkpoint, course)
+
+    resharded = checkpoint is not None and must_reshard(checkpoint, process.world)
+    args = dpo_config(config, policy.dtype, max_length, accumulation, ENGINE_OPTION if resharded else {})  # joins the other ranks
+    agree(selection, args.device)
+    tokenizer = load_tokenizer(policy.tokenizer, revision=policy.tokenizer_revision, chat_template=config.chat_template)
+    model = load_model(
+        policy.name,
+        revision=policy.revision,
+        dtype=policy.dtype,
+        device=args.device,
+        attn_implementation=config.attn_implementation,
+    )
+    if config.layout == "packed":
+        refuse_unpackable_policy(model)
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}; the gate looks at {policy.name}, from which that run started")
+    report = gate.check(
+        model,
+        tokenizer,
+        store,
+        policy=policy.name,
+        revision=policy.revision,
+        seed=config.seed,
+        allow_different_policy=config.allow_different_policy,
+    )
+    say(gate.notice(report, store, policy.name) if report.different else f"gate: {report}")
+
+    interrupt = CheckpointAndStop(stop)
+    trainer = StoreDPOTrainer(
+        model=model.requires_grad_(True),
+        args=args,
+        train_dataset=pairs,
+        eval_dataset=eval_pairs,
+        processing_class=tokenizer,
+        callbacks=[LogLastStep(), ProgressLines(batch), interrupt],
+        lengths=lengths if config.layout == "packed" else None,
+    )
+    if first:
+        shape = Shape(config.per_device_train_batch_size, process.world, accumulation)
+        before = shuffled(len(pairs), config.seed, epoch=0) if config.order_by is None else np.arange(len(pairs))
+        after = np.array(list(trainer.get_train_sampler())) if config.layout == "packed" else before
+        seen = outlook(lengths, before, after, shape)
+        course["outlook"] = asdict(seen)
+        say(describe(seen, config.layout, process.world))
+    trainer.remove_callback(PrinterCallback)  # ProgressLines says it shorter; run.json has all of it
+    if first and checkpoint is None:
+        record.write(config.output_dir, course)
+    if resharded:
+        say(f"{checkpoint} was written by another number of processes: its optimizer states are converted")
+        if first:
+            write_whole(checkpoint)
+        torch.distributed.barrier()
+        trainer.add_callback(RemoveWhole(checkpoint))
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if interrupt.stopped_at is not None:
+        if not first:
+            raise SystemExit(Stopped.exit_code)  # one rank says it for all
+        raise stop.error(f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}", config.output_dir)
+    trainer.save_model(str(config.output_dir))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = TrainResult(
+        output_dir=str(config.output_dir),
+        num_steps=trainer.state.global_step,
+        num_pairs=len(pairs),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        seconds=outcome.metrics["train_runtime"],
+        peak_memory=peak_memory(args.device),
+        speed=trainer.speed.whole_report(),
+    )
+    if first:
+        done = {
+            "status": "finished",
+            "finished": record.now(),
+            "result": asdict(result),
+            "gate": str(report),
+            "log_history": trainer.state.log_history,
+        }
+        record.write(config.output_dir, course | done)
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    say(summary(result, config))
+    return result
+
+
+def agree(selection: Selection, device: torch.device) -> None:
+    """InputError on every rank unless all chose the same pairs in the same order: else some would be trained twice, others never."""
+    if not torch.distributed.is_initialized() or selection.everything:
+        return
+    mine = torch.tensor([int(selection.pair_ids_sha256[:15], 16), int(selection.eval_pair_ids_sha256[:15], 16)], device=device)
+    of_first = mine.clone()
+    torch.distributed.broadcast(of_first, src=0)
+    differ = torch.tensor(int(not torch.equal(mine, of_first)), device=device)
+    torch.distributed.all_reduce(differ)
+    if differ:
+        raise InputError(
+            "the processes chose different pairs", where="--where, --order-by", next="Use SQL that gives the same answer each time."
+        )
+
+
+def join(process: Process) -> None:
+    """Give torch.distributed the environment it reads, where the launcher is srun or nobody. DeepSpeed wants it even for one process."""
+    environ = os.environ
+    environ |= {"RANK": str(process.rank), "WORLD_SIZE": str(process.world), "LOCAL_RANK": str(process.local_rank)}
+    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return
+    if process.world > 1 and environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
+        raise InputError(
+            "several machines need to know where rank 0 is",
+            where="environment",
+            expected="MASTER_ADDR and MASTER_PORT",
+            next="Start through torchrun or accelerate launch, or export both before srun.",
+        )
+    environ["MASTER_ADDR"] = "127.0.0.1"
+    environ["MASTER_PORT"] = str(_free_port() if process.world == 1 else 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
+
+
+def policy_of(config: TrainConfig, identity: Identity) -> Policy:
+    """What to load: the store's own model and tokenizer, unless the configuration names others."""
+    if config.policy is None:
+        name, revision, tokenizer = identity.model, identity.revision, config.tokenizer or identity.tokenizer
+    else:
+        name, revision, tokenizer = config.policy, config.revision, config.tokenizer or config.policy
+    return Policy(
+        name=name,
+        revision=revision,
+        tokenizer=tokenizer,
+        tokenizer_revision=revision if tokenizer == name else None,
+        dtype=config.dtype or identity.dtype,
+    )
+
+
+def dpo_config(
+    config: TrainConfig, dtype: str, max_length: int, accumulation: int, engine_options: dict | None = None
+) -> DPOConfig:
+    """The same run in TRL's terms. Building it joins the other ranks (transformers does) and needs `join` before.
+
+    `engine_options` complete the DeepSpeed configuration of `config`.
+    """
+    # accelerate launch may announce a dtype of its own; the store's holds.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
+    if not config.evaluates:
+        evaluation = {"eval_strategy": "no"}
+    elif config.eval_steps is None:
+        evaluation = {"eval_strategy": "epoch"}
+    else:
+        evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps}
+    # TRL declares `gradient_checkpointing`, transformers has renamed it and warns; the setting is passed on all the same.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    return DPOConfig(
+        output_dir=str(config.output_dir),
+        # the loss
+        loss_type=list(config.loss_type),
+        loss_weights=list(config.loss_weights) if config.loss_weights is not None else None,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        use_weighting=config.use_weighting,
+        ld_alpha=config.ld_alpha,
+        max_length=max_length,
+        # the store has what these are about
+        precompute_ref_log_probs=True,
+        remove_unused_columns=False,
+        # the course
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps if config.max_steps is not None else -1,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=accumulation,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        train_sampling_strategy="random" if config.order_by is None else "sequential",
+        # the machine
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=json.loads(config.zero_config.read_text(encoding="utf-8")) | engine_options
+        if engine_options
+        else str(config.zero_config),
+        gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.torch_compile,
+        dataloader_num_workers=config.dataloader_num_workers,
+        # the records
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+        report_to=list(config.report_to) or "none",
+        save_strategy=config.save_strategy,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        push_to_hub=config.push_to_hub,
+        hub_model_id=config.hub_model_id,
+        hub_strategy="end",
+        **evaluation,
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, of the rank that needed most."""
+    mine = (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    if not torch.distributed.is_initialized():
+        return mine
+    largest = torch.tensor(mine, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def describe_speed(speed: dict[str, float]) -> str:
+    """`5,120 tokens/s, 2.1 pairs/s, 47 % of the GPUs' peak, ranks waited 2 % · data 1 %, forward 30 %, backward and step 69 %`"""
+    parts = [f"{speed['speed/tokens_per_second']:,.0f} tokens/s", f"{speed['speed/pairs_per_second']:.3g} pairs/s"]
+    if "speed/mfu" in speed:
+        parts.append(f"{speed['speed/mfu']:.1%} of the GPUs' peak")
+    if "speed/imbalance" in speed:
+        parts.append(f"ranks waited {speed['speed/imbalance']:.1%}")
+    phases = [f"{name.replace('_', ' ')} {speed[f'speed/{name}_share']:.0%}" for name in PHASES]
+    return f"{', '.join(parts)} · {', '.join(phases)}"
+
+
+def summary(result: TrainResult, config: TrainConfig) -> str:
+    """What the user reads at the end of phase 2."""
+    speed = result.num_steps / result.seconds if result.seconds else 0.0
+    lines = [
+        f"trained {result.num_steps:,} steps on {result.num_pairs:,} pairs in {result.seconds:.0f} s ({speed:.2g} steps/s)",
+        f"  loss     {result.first_loss:.4f} at step 1, {result.last_loss:.4f} at the end ({' + '.join(config.loss_type)}, beta {config.beta:g})",
+        f"  speed    {describe_speed(result.speed)}",
+        f"  memory   {result.peak_memory / 2**30:.2f} GiB in the process that needed most; no reference model was loaded",
+        f"  model    {result.output_dir}",
+        f"  record   {result.output_dir}/{record.NAME} (options, store, loss history)",
+        f"next: python cli.py inspect --ref-store {config.ref_store}",
+    ]
+    if "tensorboard" in config.report_to:
+        lines.append(f"      tensorboard --logdir {result.output_dir}")
+    return "\n".join(lines)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _silent(*args: object) -> None:
+    pass
