@@ -1,0 +1,799 @@
+"""The command line: parse, build a config, call one function, word the errors. Heavy imports happen inside the commands."""
+
+import contextlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from store.errors import InputError, RefdpoError
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+EXAMPLES = {
+    "precompute": """
+      python cli.py precompute --dataset demo
+
+      python cli.py precompute --dataset think
+
+      python cli.py precompute --dataset pairs.jsonl --model allenai/Olmo-3-7B-Instruct-SFT --max-length 4096 --dtype bfloat16
+    """,
+    "analyze": """
+      python cli.py analyze --dataset demo
+
+      python cli.py analyze --dataset think --sample 5000 --tokens-per-second 40000 --num-gpus 4
+    """,
+    "train": """
+      python cli.py train --ref-store store/demo
+
+      python cli.py train --ref-store store/think --output-dir runs/think --report-to wandb
+
+      python cli.py train --ref-store store/think --where "num_chosen_tokens < 4096 and ref_chosen_logps - ref_rejected_logps between -200 and 50" --eval-fraction 0.01
+    """,
+    "inspect": """
+      python cli.py inspect --ref-store store/demo
+
+      python cli.py inspect --ref-store store/demo --sql "select row, ref_chosen_logps - ref_rejected_logps as margin from pairs order by margin limit 5"
+    """,
+    "export": """
+      python cli.py export --ref-store store/demo --format jsonl --output runs/export/demo-jsonl
+
+      python cli.py export --ref-store store/demo --format trl --output runs/export/demo-trl
+
+      python cli.py export --ref-store store/think --format open-instruct --loss-type dpo_norm --accept-other-tokens --output runs/export/think
+    """,
+    "import": """
+      python cli.py import --cache ref_logps.arrow --dataset demo --ref-store store/imported
+    """,
+    "push": """
+      python cli.py push --ref-store store/demo file:///tmp/refdpo-demo
+
+      python cli.py push --ref-store store/think acme/think-ref
+    """,
+    "pull": """
+      python cli.py pull file:///tmp/refdpo-demo --ref-store store/copy
+
+      python cli.py pull acme/think-ref --ref-store store/think
+    """,
+    "report": """
+      python cli.py report --ref-store store/demo
+
+      python cli.py report --ref-store store/think --compare store/think-bf16 --output-dir runs/report/think
+    """,
+    "verify": """
+      python cli.py verify --ref-store store/demo
+
+      python cli.py verify --ref-store store/demo --model demo/model
+    """,
+}
+
+EXAMPLES |= {
+    "status": """
+      python cli.py status --ref-store store/think
+    """,
+    "submit": """
+      python cli.py submit --dataset think
+
+      python cli.py submit --dataset think --array 8 --train-nodes 2 --train-args "--report-to wandb" --dry-run
+    """,
+}
+
+HOW_MANY_RESCORED = 16
+
+
+class Commands(click.Group):
+    """Turns every error a user can cause into one `Error:` line and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except RefdpoError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:  # `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def main() -> None:
+    """Score a frozen reference model once, keep its log-probs in a Parquet store, train DPO from them without a reference forward.
+
+    \b
+    python cli.py precompute --dataset think        # phase 1: writes store/think
+    python cli.py train --ref-store store/think     # phase 2: ZeRO-2 DPO, no reference model
+    """
+
+
+def command(name: str):
+    """A subcommand whose help ends with runnable examples."""
+    example = "\n".join("    " + line.strip() if line.strip() else "" for line in EXAMPLES[name].strip().splitlines())
+
+    def decorate(function):
+        function.__doc__ += "\n\n    Examples:\n\n    \b\n" + example.replace("\n\n", "\n")
+        return main.command(name)(function)
+
+    return decorate
+
+
+class StorePath(click.Path):
+    """The folder of a store; a URL becomes a checked local copy."""
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, str) and "://" in value:
+            from store.bar import bar
+            from store.remote import local_copy
+
+            with bar("copying", "shards") as progress:
+                return local_copy(value, progress)
+        return super().convert(value, param, ctx)
+
+
+ref_store_option = click.option(
+    "--ref-store",
+    type=StorePath(path_type=Path),
+    required=True,
+    help="Folder of the store, such as store/think, or a URL (s3://, hf://datasets/, file://).",
+)
+local_store_option = click.option(
+    "--ref-store", type=click.Path(path_type=Path), required=True, help="Folder of the store, such as store/think."
+)
+
+
+@command("precompute")
+@click.option(
+    "--dataset", required=True, help="think | instruct | demo, a hub id, a Parquet/JSONL file, or a folder (save_to_disk or files)."
+)
+@click.option("--model", help="Reference model: folder or hub id. Default: the preset's.")
+@click.option("--revision", help="Revision of the model on the hub (and of its tokenizer).")
+@click.option("--tokenizer", help="Folder or hub id. Default: the model's.")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File that replaces the tokenizer's chat template.",
+)
+@click.option("--split", help="Split of the dataset. Default: train.")
+@click.option("--dataset-revision", help="Revision of the dataset on the hub.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    help="Tokens of prompt + completion; longer sequences keep their start. Default: the preset's.",
+)
+@click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the store.  [default: store/<dataset>]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype the model runs in. Default: the preset's."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["packed", "padded"]),
+    default="packed",
+    show_default=True,
+    help="padded: plain batches, for models that packed refuses.",
+)
+@click.option(
+    "--tokens-per-batch", type=click.IntRange(min=1), default=16384, show_default=True, help="Token budget of one forward pass."
+)
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    help="Rows per shard: the most a killed worker loses. Default: the preset's, or 256.",
+)
+@click.option("--num-workers", type=click.IntRange(min=1), help="Local processes.  [default: one per GPU; 1 without a GPU]")
+@click.option("--limit", type=click.IntRange(min=1), help="Score only the first so many rows.")
+@click.option("--quiet", "show", flag_value="nothing", help="No progress.")
+@click.option("--json", "show", flag_value="json", help="Progress and result as JSON lines on stdout.")
+@click.option("--text", "show", flag_value="text", default="text", hidden=True)
+def precompute_cmd(**options) -> None:
+    """Phase 1: score a preference dataset with the frozen reference model.
+
+    Writes a sealed store of Parquet shards. Run it again, with any number of workers, to go on where it stopped.
+    """
+    config = _precompute_config(**{name: value for name, value in options.items() if name != "num_workers"})
+    import launch
+
+    process = launch.launched()
+    if process is None:
+        num_workers = launch.num_local_processes(options["num_workers"], default_without_gpu=1)
+        if num_workers > 1:
+            code = launch.run_workers(num_workers)
+            _report_store(config.ref_store, code, config.show)
+        process = launch.Process(rank=0, world=1, local_rank=0)
+    with quiet_libraries():
+        from precompute.worker import run
+
+        run(config, process)
+    if process.world == 1:
+        _report_store(config.ref_store, 0, config.show)
+
+
+def _precompute_config(dataset: str, **given):
+    """The worker's config: what was given, completed by the preset. InputError names what is missing."""
+    from presets import PRESETS
+
+    # A preset's data set by its own name is that preset: so the command that an unsealed store suggests also keeps its training defaults.
+    preset = PRESETS.get(dataset) or next((each for each in PRESETS.values() if each.dataset == dataset), None)
+    if preset is not None and preset.name == "demo" and given["model"] is None:
+        from demo.model import make_demo_model
+
+        make_demo_model(Path(preset.model))
+    defaults = {"split": "train", "shard_size": 256}
+    if preset is not None:
+        defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype", "shard_size")}
+    for name, value in defaults.items():
+        given[name] = value if given[name] is None else given[name]
+    missing = [f"--{name.replace('_', '-')}" for name in ("model", "max_length", "dtype") if given[name] is None]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)} must be given: without a preset nothing that changes the numbers has a default",
+            where=f"--dataset {dataset}",
+            next=f"Add them, or use a preset: {', '.join(PRESETS)}.",
+        )
+    if given["tokenizer"] is None:
+        given["tokenizer"] = given["model"]
+    if "://" in str(given["ref_store"]).replace(":/", "://", 1):
+        raise InputError(
+            "is written in a local folder",
+            where=f"--ref-store {given['ref_store']}",
+            next="Make it there, then copy it with: python cli.py push",
+        )
+    if given["ref_store"] is None:
+        given["ref_store"] = Path("store") / (preset.name if preset else Path(dataset.rstrip("/")).name.split(".")[0])
+
+    from precompute.worker import PrecomputeConfig
+
+    return PrecomputeConfig(dataset=preset.dataset if preset else dataset, preset=preset.name if preset else None, **given)
+
+
+def _report_store(path: Path, code: int, show: str = "text") -> None:
+    """Say what phase 1 made and what to type next; exit with `code` if it is not finished."""
+    import json
+    import shlex
+
+    from precompute.report import describe
+    from store.manifest import MANIFEST, Manifest
+
+    if code == 0 and (path / MANIFEST).exists() and show == "json":
+        manifest = Manifest.load(path / MANIFEST)
+        counts = {
+            "num_pairs": manifest.num_pairs,
+            "num_rows": manifest.identity.num_rows,
+            "num_unscorable": len(manifest.unscorable),
+        }
+        click.echo(json.dumps({"event": "sealed", "ref_store": str(path), **counts, "counts": manifest.counts}))
+    elif code == 0 and (path / MANIFEST).exists():
+        click.echo(describe(Manifest.load(path / MANIFEST), path))
+        quoted = shlex.quote(str(path))
+        click.echo(f"Next: python cli.py train --ref-store {quoted}\n      python cli.py inspect --ref-store {quoted}")
+    elif code == 0:
+        raise RefdpoError("not every shard is done", where=path, next="Run the same command again to go on.")
+    sys.exit(code)
+
+
+@command("analyze")
+@click.option("--dataset", required=True, help="As for precompute: a preset, a hub id, a file or a folder.")
+@click.option("--tokenizer", "--model", help="Folder or hub id.  [default: the preset's model]")
+@click.option("--revision", help="Revision of the tokenizer on the hub.")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File that replaces the tokenizer's chat template.",
+)
+@click.option("--split", help="Split of the dataset. Default: train.")
+@click.option("--dataset-revision", help="Revision of the dataset on the hub.")
+@click.option("--max-length", type=click.IntRange(min=2), multiple=True, help="Ask about this one too; may be given several times.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many rows.")
+@click.option("--sample", type=click.IntRange(min=1), help="Only so many rows, evenly spaced over the dataset.")
+@click.option(
+    "--tokens-per-second",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Measured by precompute, of one GPU: adds the expected times.",
+)
+@click.option(
+    "--train-tokens-per-second",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of one GPU in training.  [default: a quarter of the other]",
+)
+@click.option("--num-gpus", type=click.IntRange(min=1), default=1, show_default=True, help="For the expected times.")
+@click.option("--tokens-per-batch", type=click.IntRange(min=1), default=16384, show_default=True, help="As for precompute.")
+@click.option("--num-workers", type=click.IntRange(min=1), help="Processes.  [default: one per core where it pays]")
+@click.option("--png", type=click.Path(path_type=Path), help="The histogram.  [default: runs/analyze/<dataset>.png]")
+@click.option("--json", "as_json", is_flag=True, help="The numbers as JSON instead of text.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def analyze_cmd(
+    dataset: str,
+    tokens_per_second: float | None,
+    train_tokens_per_second: float | None,
+    num_gpus: int,
+    png: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **given,
+) -> None:
+    """Measure a dataset before anything is scored: lengths, what each --max-length cuts, formats and traps, expected time.
+
+    Tokenizes with the same code as precompute and recommends a --max-length.
+    """
+    with quiet_libraries():
+        config = _analyze_config(dataset, **given)
+        from precompute.analyze import analyze
+        from precompute.analyze_view import Rates, default_png, describe, plot
+        from store.bar import bar
+
+        with bar("tokenizing", "rows", quiet or as_json) as progress:
+            analysis = analyze(config, progress)
+    png = png or default_png(analysis)
+    plot(analysis, png)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(analysis.to_json(), indent=1, ensure_ascii=False))
+    else:
+        click.echo(describe(analysis, Rates(tokens_per_second, train_tokens_per_second, num_gpus)))
+        click.echo(f"histogram: {png}")
+
+
+def _analyze_config(dataset: str, **given):
+    """What was given, completed by the preset."""
+    from presets import PRESETS
+
+    preset = PRESETS.get(dataset)
+    if given["tokenizer"] is None and preset is not None:
+        if preset.name == "demo":
+            from demo.model import make_demo_model
+
+            make_demo_model(Path(preset.model))
+        given["tokenizer"] = preset.model
+    if given["tokenizer"] is None:
+        raise InputError(
+            "--tokenizer must be given: lengths depend on it",
+            where=f"--dataset {dataset}",
+            next=f"Add it, or use a preset: {', '.join(PRESETS)}.",
+        )
+    given["split"] = given["split"] or (preset.split if preset else "train")
+
+    from precompute.analyze import MAX_LENGTHS, AnalyzeConfig
+
+    max_lengths = {*MAX_LENGTHS, *given.pop("max_length"), *([preset.max_length] if preset else [])}
+    return AnalyzeConfig(
+        name=dataset, dataset=preset.dataset if preset else dataset, max_lengths=tuple(sorted(max_lengths)), **given
+    )
+
+
+@command("train")
+@ref_store_option
+@click.option("--eval-ref-store", type=StorePath(path_type=Path), help="A second store, made with the same model, to evaluate on.")
+@click.option("--where", help="Train only on pairs for which this SQL condition over the store's columns holds.")
+@click.option("--order-by", help="SQL order to train in, such as 'num_chosen_tokens', instead of shuffling.")
+@click.option(
+    "--eval-fraction",
+    type=float,
+    help="Hold back this share of the pairs to evaluate on; the same pairs in every order and subset.",
+)
+@click.option("--policy", help="Model to train: folder or hub id.  [default: the store's reference model]")
+@click.option("--revision", help="Revision of --policy on the hub.")
+@click.option("--tokenizer", help="Folder or hub id.  [default: the one the store was made with, or the policy's]")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The template file precompute was given, if any.",
+)
+@click.option("--output-dir", type=click.Path(path_type=Path), help="Checkpoints, model and run.json.  [default: runs/<store>]")
+@click.option("--max-length", type=click.IntRange(min=2), help="Any value up to the store's.  [default: the store's]")
+@click.option("--loss-type", multiple=True, help="TRL's names; give it several times to add losses up.  [default: sigmoid_norm]")
+@click.option("--loss-weights", help="Comma-separated weights, one per --loss-type.")
+@click.option("--beta", type=float, help="Its scale belongs to the loss type.  [default: 5]")
+@click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="For robust and exo_pair.")
+@click.option("--ld-alpha", type=float, help="LD-DPO: weight of the tokens beyond the shorter completion.")
+@click.option("--use-weighting", is_flag=True, help="WPO: weigh pairs by how likely the policy is to write their completions.")
+@click.option("--learning-rate", type=float, help="[default: 1e-6]")
+@click.option("--lr-scheduler-type", help="[default: linear]")
+@click.option("--warmup-ratio", type=float, help="[default: 0.1]")
+@click.option("--num-train-epochs", type=float, help="[default: 1]")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many optimizer steps.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--max-grad-norm", type=float, default=1.0, show_default=True)
+@click.option("--per-device-train-batch-size", type=click.IntRange(min=1), help="Pairs per forward on each device.  [default: 1]")
+@click.option(
+    "--effective-batch-size",
+    type=click.IntRange(min=1),
+    help="Pairs per step over all devices; accumulation follows.  [default: 128]",
+)
+@click.option("--gradient-accumulation-steps", type=click.IntRange(min=1), help="Instead of --effective-batch-size.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the store's]")
+@click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True, help="padded: stock TRL.")
+@click.option("--attn-implementation", default="sdpa", show_default=True, help="With --layout padded; packed has its own.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="[default: on]")
+@click.option("--torch-compile", is_flag=True)
+@click.option("--seed", type=int, default=42, show_default=True)
+@click.option("--logging-steps", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--save-strategy", type=click.Choice(["no", "steps", "epoch"]), default="steps", show_default=True)
+@click.option("--save-steps", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option("--save-total-limit", type=click.IntRange(min=1), help="Keep so many of the newest checkpoints.")
+@click.option("--eval-steps", type=click.IntRange(min=1), help="Evaluate every so many steps.  [default: once per epoch]")
+@click.option("--report-to", multiple=True, type=click.Choice(["wandb", "tensorboard", "none"]), help="[default: none]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output-dir.")
+@click.option("--resume-or-start", is_flag=True, help="--resume if there is a checkpoint, else start: for jobs that are requeued.")
+@click.option("--push-to-hub", is_flag=True)
+@click.option("--hub-model-id", help="Repository for --push-to-hub.")
+@click.option("--num-processes", type=click.IntRange(min=1), help="Local ranks.  [default: one per GPU; 2 without a GPU]")
+@click.option(
+    "--zero-config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="DeepSpeed JSON.  [default: train/zero2.json]",
+)
+@click.option("--allow-different-policy", is_flag=True, help="Train a policy that is not the store's reference.")
+def train_cmd(**options) -> None:
+    """Phase 2: train DPO from a sealed store under ZeRO-2, without a reference model.
+
+    Defaults are the store's preset: OLMo 3's hyperparameters.
+    """
+    num_processes = options.pop("num_processes")
+    resume_or_start = options.pop("resume_or_start")
+    config = _train_config(**options)
+    if resume_or_start:
+        from train.checkpoint import is_finished, last_checkpoint
+
+        if is_finished(config.output_dir):
+            return click.echo(f"{config.output_dir}: trained already, nothing to do")
+        config = replace(config, resume=last_checkpoint(config.output_dir) is not None)
+    import launch
+
+    if launch.launched() is None:
+        from store.reader import open_store
+        from train import record
+
+        # What can be refused here need not cost the start of every rank.
+        open_store(config.ref_store, check="none")
+        num_processes = launch.num_local_processes(num_processes, default_without_gpu=2)
+        config.accumulation_steps(num_processes)
+        if record.checkpoint_of(config) is None:
+            record.refuse_other_run(config.output_dir)
+        sys.exit(launch.run_torchrun(num_processes))
+    with quiet_libraries():
+        from train.run import train
+
+        train(config)
+
+
+def _train_config(ref_store: Path, **given):
+    """The run's config: what was given, completed by the preset of the store."""
+    from presets import PRESETS, Preset
+    from store.reader import open_store
+
+    preset = PRESETS.get(open_store(ref_store, check="none").manifest.preset) or Preset
+    names = (
+        "loss_type",
+        "beta",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_ratio",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+    )
+    for name in (*names, "gradient_checkpointing"):
+        if given[name] is None or given[name] == ():
+            given[name] = getattr(preset, name)
+    if isinstance(given["loss_type"], str):
+        given["loss_type"] = (given["loss_type"],)
+    if given["effective_batch_size"] is None and given["gradient_accumulation_steps"] is None:
+        given["effective_batch_size"] = preset.effective_batch_size
+    if given["loss_weights"] is not None:
+        try:
+            given["loss_weights"] = tuple(float(weight) for weight in given["loss_weights"].split(","))
+        except ValueError as error:
+            raise InputError("not comma-separated numbers", where=f"--loss-weights {given['loss_weights']}") from error
+    if given["output_dir"] is None:
+        given["output_dir"] = Path("runs") / ref_store.resolve().name
+    if given["zero_config"] is None:
+        del given["zero_config"]
+    given["report_to"] = tuple(name for name in given["report_to"] if name != "none")
+
+    from train.config import TrainConfig
+
+    return TrainConfig(ref_store=ref_store, **given)
+
+
+@command("inspect")
+@ref_store_option
+@click.option("--sql", help="A query over the views pairs, completions (one row per side) and tokens (one row per scored token).")
+@click.option("--format", "format_", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@click.option("--interactive", "-i", is_flag=True, help="A SQL prompt.")
+def inspect_cmd(ref_store: Path, sql: str | None, format_: str, interactive: bool) -> None:
+    """Look at a store with SQL. Without --sql: a one-screen summary."""
+    from store import sql as store_sql
+
+    if interactive:
+        store_sql.prompt(ref_store, format_)
+    elif sql is not None:
+        click.echo(store_sql.run(store_sql.connect(ref_store), sql, format_))
+    else:
+        from store.summary import summary
+
+        click.echo(summary(ref_store))
+
+
+@command("export")
+@ref_store_option
+@click.option("--format", "format_", type=click.Choice(["trl", "open-instruct", "megatron-bridge", "jsonl"]), required=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder for the files.")
+@click.option("--loss-type", help="open-instruct only: dpo_norm writes means per token, dpo and wpo sums.")
+@click.option("--metadata", multiple=True, help="megatron-bridge only: KEY=JSON for its scoring_metadata.json, such as split=null.")
+@click.option(
+    "--accept-other-tokens",
+    is_flag=True,
+    help="Write for a project that scores other tokens than the store; the refusal says which.",
+)
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def export_cmd(ref_store: Path, format_: str, output: Path, metadata: tuple[str, ...], quiet: bool, **options) -> None:
+    """Write a store in the files that TRL, open-instruct or Megatron-Bridge load, or as JSON lines."""
+    from store.bar import bar
+    from store.export import export
+
+    with quiet_libraries(), bar("exporting", "pairs", quiet) as progress:
+        notes = export(ref_store, format_, output, metadata=_key_values(metadata), progress=progress, **options)
+    click.echo("\n".join([f"export: {output}", *(f"  {note}" for note in notes)]))
+
+
+def _key_values(given: tuple[str, ...]) -> dict:
+    import json
+
+    values = {}
+    for each in given:
+        name, _, text = each.partition("=")
+        try:
+            values[name] = json.loads(text)
+        except ValueError as error:
+            raise InputError(
+                "not KEY=JSON", where=f"--metadata {each}", expected="such as split=null or tensor_model_parallel_size=2"
+            ) from error
+    return values
+
+
+@command("import")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="TRL's Arrow file with ref_chosen_logps, ref_rejected_logps.",
+)
+@click.option("--dataset", required=True, help="What TRL was given: as for precompute.")
+@click.option("--model", help="The reference model TRL scored with. Default: the preset's.")
+@click.option("--revision", help="Revision of the model on the hub.")
+@click.option("--tokenizer", help="Folder or hub id. Default: the model's.")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File that replaces the tokenizer's chat template.",
+)
+@click.option("--split", help="Split of the dataset. Default: train.")
+@click.option("--dataset-revision", help="Revision of the dataset on the hub.")
+@click.option("--max-length", type=click.IntRange(min=2), help="TRL's max_length (keep_start). Default: the preset's.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype TRL scored in. Default: the preset's.")
+@click.option("--shard-size", type=click.IntRange(min=1), help="Rows per shard. Default: the preset's, or 256.")
+@click.option("--limit", type=click.IntRange(min=1), help="TRL was given only the first so many rows.")
+@click.option(
+    "--num-pairs", type=click.IntRange(min=1), default=8, show_default=True, help="Random pairs scored again to check the cache."
+)
+@click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the new store.  [default: store/<dataset>]")
+def import_cmd(cache: Path, num_pairs: int, **options) -> None:
+    """Make a store from the cache of TRL's precompute pass, after scoring some pairs again.
+
+    The store has sums only: train takes it at its own max length and without --ld-alpha.
+    """
+    config = _precompute_config(layout="packed", tokens_per_batch=16384, **options)
+    import launch
+
+    with quiet_libraries():
+        from precompute.import_trl import import_trl
+
+        import_trl(config, cache, launch.device(0), num_pairs)
+    _report_store(config.ref_store, 0)
+
+
+@command("push")
+@local_store_option
+@click.argument("target")
+@click.option("--private", is_flag=True, help="A new repository on the Hub is private.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def push_cmd(ref_store: Path, target: str, private: bool, quiet: bool) -> None:
+    """Copy a sealed store to TARGET: owner/name on the Hugging Face Hub, or a URL (s3://, gs://, file://).
+
+    Checked before and after; run it again to go on after an interruption.
+    """
+    from store.bar import bar
+    from store.remote import push
+
+    with bar("pushing", "shards", quiet) as progress:
+        where = push(ref_store, target, progress, private=private)
+    click.echo(f"{ref_store} is at {where}")
+
+
+@command("pull")
+@click.argument("source")
+@local_store_option
+@click.option("--revision", help="Branch, tag or commit of a repository on the Hub.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def pull_cmd(source: str, ref_store: Path, revision: str | None, quiet: bool) -> None:
+    """Copy the sealed store at SOURCE (owner/name on the Hugging Face Hub, or a URL) to --ref-store, checking every shard.
+
+    Run it again to go on after an interruption.
+    """
+    from store.bar import bar
+    from store.remote import pull
+
+    with bar("pulling", "shards", quiet) as progress:
+        manifest = pull(source, ref_store, progress, revision)
+    click.echo(
+        f"{ref_store} is sealed: {manifest.num_pairs:,} pairs in {len(manifest.shards)} shards, every sha256 as in its manifest"
+    )
+
+
+@command("report")
+@ref_store_option
+@click.option(
+    "--compare", type=StorePath(path_type=Path), help="A second store of the same rows: another model, dtype or template."
+)
+@click.option("--tokenizer", help="Folder or hub id, to show pairs as text.  [default: the one the store was made with]")
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path), help="Gets index.html and the pictures.  [default: runs/report/<store>]"
+)
+def report_cmd(ref_store: Path, compare: Path | None, tokenizer: str | None, output_dir: Path | None) -> None:
+    """One self-contained HTML page about a store: lengths, reference margins, log-probs, truncation, pairs to read, identity."""
+    from store.reader import open_store
+    from store.report import report
+
+    identity = open_store(ref_store, check="none").identity
+    with quiet_libraries():
+        decode = _decoder(identity, tokenizer)
+        page = report(ref_store, output_dir or Path("runs") / "report" / ref_store.resolve().name, decode, compare)
+    click.echo(f"report: {page}")
+
+
+def _decoder(identity, name: str | None):
+    """Ids to text with the store's tokenizer; None (and a line that says so) where it is not at hand and none was named."""
+    from precompute.model import load_tokenizer, tokenizer_sha256
+
+    try:
+        tokenizer = load_tokenizer(
+            name or identity.tokenizer,
+            revision=identity.revision if name is None and identity.tokenizer == identity.model else None,
+        )
+    except InputError:
+        if name is not None:
+            raise
+        click.echo(f"pairs are shown as token ids: the tokenizer {identity.tokenizer} cannot be loaded; pass --tokenizer", err=True)
+        return None
+    if tokenizer_sha256(tokenizer) != identity.tokenizer_sha256:
+        raise InputError(
+            "not the tokenizer the store was made with",
+            where=f"--tokenizer {name or identity.tokenizer}",
+            next=f"Pass a copy of {identity.tokenizer}.",
+        )
+    return tokenizer.decode
+
+
+@command("verify")
+@ref_store_option
+@click.option("--model", help="Also score a random sample again with this model: folder or hub id.")
+@click.option("--revision", help="Revision of --model on the hub.")
+@click.option("--num-pairs", type=click.IntRange(min=1), default=HOW_MANY_RESCORED, show_default=True, help="Size of that sample.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random choice.")
+@click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True)
+def verify_cmd(ref_store: Path, model: str | None, revision: str | None, num_pairs: int, seed: int, layout: str) -> None:
+    """Check a sealed store: checksums, row coverage, footers, values and counts; with --model also the numbers."""
+    from store.bar import bar
+    from store.verify import verify
+
+    with bar("verifying", "shards") as progress:
+        findings = verify(ref_store, progress)
+    for finding in findings:
+        click.echo(f"Error: {finding}", err=True)
+    if findings:
+        sys.exit(1)
+    click.echo(f"{ref_store}: intact")
+    if model is not None:
+        with quiet_libraries():
+            _rescore(ref_store, model, revision, num_pairs, seed, layout)
+
+
+def _rescore(ref_store: Path, model: str, revision: str | None, num_pairs: int, seed: int, layout: str) -> None:
+    import launch
+    from precompute.model import load_model, weights_sha256
+    from precompute.rescore import rescore
+    from store.reader import open_store
+
+    store = open_store(ref_store, check="none")
+    loaded = load_model(model, revision=revision, dtype=store.identity.dtype, device=launch.device(0))
+    same = weights_sha256(loaded) == store.identity.weights_sha256
+    result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
+    click.echo(f"{model}: {'the weights that made the store' if same else 'NOT the weights that made the store'}")
+    click.echo(
+        f"{result.num_pairs} pairs ({result.num_tokens:,} tokens) scored again in other batches: |difference| per token "
+        f"mean {result.mean_token_difference:.2e}, max {result.max_token_difference:.2e} nats; per sum max {result.max_sum_difference:.2e} nats"
+    )
+    if not same:
+        sys.exit(1)
+
+
+@command("status")
+@ref_store_option
+def status_cmd(ref_store: Path) -> None:
+    """How far phase 1 is: shards done, running, dead and missing, speed, time left."""
+    from store.status import describe, status
+
+    click.echo(describe(status(ref_store), ref_store))
+
+
+@command("submit")
+@click.option("--dataset", required=True, help="As for precompute: think | instruct | demo, a hub id, a file or a folder.")
+@click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the store.  [default: store/<dataset>]")
+@click.option(
+    "--array",
+    type=click.IntRange(min=1),
+    help="Phase 1 as an array of so many jobs, each with the resources below.  [default: one job]",
+)
+@click.option(
+    "--precompute-nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of (each job of) phase 1."
+)
+@click.option("--train-nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of phase 2.")
+@click.option(
+    "--gpus", type=click.IntRange(min=0), default=4, show_default=True, help="GPUs per node; one worker or rank for each."
+)
+@click.option("--cpus", type=click.IntRange(min=1), default=32, show_default=True, help="CPUs per node.")
+@click.option("--mem", default="500G", show_default=True, help="Memory per node.")
+@click.option(
+    "--time", default="24:00:00", show_default=True, help="Limit per job. Some minutes before it a job is requeued and goes on."
+)
+@click.option("--partition", help="As for sbatch.")
+@click.option("--account", help="As for sbatch.")
+@click.option("--qos", help="As for sbatch.")
+@click.option("--sbatch-args", default="", help="Further options of sbatch, for both jobs, quoted as one word.")
+@click.option("--precompute-args", default="", help="Further options of precompute, quoted as one word.")
+@click.option("--train-args", default="", help="Further options of train, quoted as one word.")
+@click.option("--dry-run", is_flag=True, help="Print the commands and the scripts instead.")
+def submit_cmd(dataset: str, ref_store: Path | None, dry_run: bool, **options) -> None:
+    """Queue both phases on a Slurm cluster: precompute, then train once it has succeeded.
+
+    Secrets (HF_TOKEN, WANDB_API_KEY) come from the environment or .env.
+    """
+    import shlex
+
+    from slurm import submit as jobs
+
+    for name in ("sbatch_args", "precompute_args", "train_args"):
+        try:
+            options[name] = tuple(shlex.split(options[name]))
+        except ValueError as error:
+            raise InputError(f"cannot be split into words: {error}", where=f"--{name.replace('_', '-')}") from error
+    ref_store = ref_store or Path("store") / Path(dataset.rstrip("/")).name.split(".")[0]
+    submission = jobs.Submission(dataset=dataset, ref_store=ref_store, **options)
+    if dry_run:
+        return click.echo(jobs.dry_run(submission))
+    first, second = jobs.submit(submission)
+    click.echo(f"phase 1 is job {first}, phase 2 is job {second} and waits for it; logs: {jobs.LOGS}/refdpo-*.out")
+    click.echo(f"Next: python cli.py status --ref-store {ref_store}\n      squeue --jobs {first},{second}")
+
+
+@contextlib.contextmanager
+def quiet_libraries():
+    """Loading bars and advice of the libraries are not about this command."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    for name in ("DeepSpeed", "accelerate"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    yield
+
+
+if __name__ == "__main__":
+    main()

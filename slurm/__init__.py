@@ -1,0 +1,1 @@
+"""Batch scripts for a Slurm cluster, and submit.py, which chains them."""

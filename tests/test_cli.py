@@ -1,0 +1,139 @@
+"""The command line as a user meets it: help, errors, exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+import cli
+from presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*argv: str, code: int) -> str:
+    """Run in this process; return the output, which must be one `Error:` line when it fails."""
+    result = CliRunner().invoke(cli.main, [str(word) for word in argv])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def refused(*argv: str, code: int, match: str) -> None:
+    output = run(*argv, code=code)
+    errors = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1 and "Traceback" not in output, output
+    assert re.search(match, errors[0]), errors[0]
+
+
+def test_help_is_fast_and_every_command_has_an_example():
+    started = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "cli.py"), "--help"], check=True, capture_output=True)
+    assert time.perf_counter() - started < 0.5
+    for name in cli.main.commands:
+        output = run(name, "--help", code=0)
+        assert f"python cli.py {name}" in output
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'duckdb', 'pyarrow')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    row = {"prompt": [{"role": "user", "content": "Why?"}]} | {
+        side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    path.write_text(json.dumps(row) + "\n")
+    return path
+
+
+def options(dataset, model, store, **more) -> list[str]:
+    given = {"dataset": dataset, "model": model, "ref-store": store, "max-length": 64, "dtype": "float32"} | more
+    return ["precompute", *(word for name, value in given.items() if value is not None for word in (f"--{name}", str(value)))]
+
+
+def test_what_changes_the_numbers_has_no_default(rows, tmp_path):
+    refused(*options(rows, None, tmp_path / "store"), code=2, match="--model must be given.*think, instruct, demo")
+    argv = ["precompute", "--dataset", rows, "--model", "x"]
+    refused(*argv, code=2, match="--max-length, --dtype must be given")
+
+
+def test_models_that_cannot_score_are_refused(rows, tiny_llama, tmp_path):
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+    store = tmp_path / "store"
+    refused(*options(rows, tmp_path / "nowhere", store), code=2, match="no tokenizer can be loaded")
+    BertModel(
+        BertConfig(vocab_size=384, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(tmp_path / "bert")
+    LlamaModel(LlamaConfig(**tiny.SMALL, tie_word_embeddings=False)).save_pretrained(tmp_path / "headless")
+    for name, message in (
+        ("bert", "no causal language model can be loaded|lacks .* of the model's weights"),
+        ("headless", "lacks 1 of the model's weights.*lm_head"),
+    ):
+        tiny.make_tokenizer().save_pretrained(tmp_path / name)
+        refused(*options(rows, tmp_path / name, store), code=2, match=message)
+    refused(
+        *options(rows, tiny_llama, store) + ["--max-length", "100000"], code=2, match="longer than the model's context.*at most 512"
+    )
+    assert not store.exists()
+
+
+def test_stores_that_are_none_are_refused(rows, tiny_llama, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious")
+    for command in ("inspect", "verify", "train"):
+        refused(command, "--ref-store", tmp_path / "nowhere", code=2, match="no such folder.*precompute")
+        refused(command, "--ref-store", file, code=2, match="a file, not a folder")
+        refused(command, "--ref-store", folder, code=2, match="folder")
+        refused(command, "--ref-store", ROOT / "store", code=2, match="is the shelf, not a dataset")
+    refused(*options(rows, tiny_llama, file), code=2, match="a file, not a folder")
+    refused(*options(rows, tiny_llama, folder), code=2, match="folder")
+    refused(*options(rows, tiny_llama, ROOT / "store"), code=2, match="is the shelf, not a dataset")
+    assert (folder / "thesis.txt").read_text() == "precious" and sorted(path.name for path in folder.iterdir()) == ["thesis.txt"]
+
+
+def test_max_length_below_every_prompt_leaves_an_empty_store(rows, tiny_llama, tmp_path):
+    output = run(*options(rows, tiny_llama, tmp_path / "store", **{"max-length": 3}), code=0)
+    assert "0 pairs of 1 rows" in output and "fills max_length 3" in output
+
+
+def test_unknown_loss_type_is_refused(rows, tiny_llama, tmp_path):
+    store = tmp_path / "store"
+    run(*options(rows, tiny_llama, store), code=0)
+    refused(
+        "train", "--ref-store", store, "--loss-type", "sigmoidal", code=2, match="unknown loss type.*sigmoid_norm.*found sigmoidal"
+    )
+    refused("train", "--ref-store", store, "--loss-weights", "a,b", code=2, match="not comma-separated numbers")
+
+
+def test_presets_are_the_users_table():
+    think, instruct = PRESETS["think"], PRESETS["instruct"]
+    assert (think.dataset, think.max_length) == ("allenai/Dolci-Think-DPO-7B", 8192)
+    assert (instruct.dataset, instruct.max_length) == ("allenai/Dolci-Instruct-DPO", 2048)
+    for preset in (think, instruct):
+        table = (
+            preset.beta,
+            preset.loss_type,
+            preset.learning_rate,
+            preset.lr_scheduler_type,
+            preset.warmup_ratio,
+            preset.num_train_epochs,
+        )
+        assert table == (5.0, "sigmoid_norm", 1e-6, "linear", 0.1, 1.0)
+        assert (preset.effective_batch_size, preset.dtype, preset.gradient_checkpointing) == (128, "bfloat16", True)

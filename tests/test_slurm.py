@@ -1,0 +1,212 @@
+"""The batch scripts on real Slurm daemons: arrays, kills, requeues, two nodes, and the chain from phase 1 to phase 2. `make test-slurm`."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from slurm_cluster import DONE, Slurm, cluster, obstacle
+
+from demo.model import make_demo_model
+from store.reader import open_store
+from store.verify import verify
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if reason := obstacle():
+        pytest.skip(reason)
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The demo's model, in a folder of its own: whatever lies in demo/model is left alone."""
+    return make_demo_model(tmp_path_factory.mktemp("model") / "demo")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, model) -> Path:
+    """The store as one undisturbed worker without Slurm makes it, a row per shard."""
+    store = tmp_path_factory.mktemp("reference") / "demo"
+    options = ["--dataset", "demo", "--model", str(model), "--shard-size", "1", "--ref-store", str(store)]
+    done = subprocess.run(
+        [sys.executable, "cli.py", "precompute", *options], check=False, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return store
+
+
+def submit(
+    slurm: Slurm, model: Path, store: Path, logs: Path, *options: str, precompute: str = "", train: str = ""
+) -> tuple[str, str]:
+    """`cli.py submit` with one fake GPU per node and small jobs; the ids of both jobs."""
+    logs.mkdir(exist_ok=True)
+    argv = [
+        sys.executable,
+        "cli.py",
+        "submit",
+        "--dataset",
+        "demo",
+        "--ref-store",
+        str(store),
+        "--gpus",
+        "1",
+        "--cpus",
+        "2",
+        "--mem",
+        "1G",
+    ]
+    argv += [
+        "--time",
+        "30",
+        "--sbatch-args",
+        f"--output={logs}/%x-%j.out",
+        "--precompute-args",
+        f"--model {model} {precompute}",
+        "--train-args",
+        train,
+        *options,
+    ]
+    out = slurm.run(*argv, cwd=ROOT, env={"PYTHON": sys.executable})
+    first, second = re.search(r"phase 1 is job (\d+), phase 2 is job (\d+)", out).groups()
+    return first, second
+
+
+def shard_bytes(store: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(store.glob("*.parquet"))}
+
+
+def logged(logs: Path) -> str:
+    return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(logs.glob("*.out")))
+
+
+def wait_until(condition, logs: Path, timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, logged(logs)
+        time.sleep(0.05)
+
+
+def losses(output_dir: Path) -> list[float]:
+    history = json.loads((output_dir / "run.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_an_array_with_a_killed_and_a_requeued_task_seals_the_same_store(slurm, model, reference, tmp_path):
+    """Eight workers on two nodes. One is killed, one requeued while they work; the others take over, and all but the killed one succeed."""
+    store, logs = tmp_path / "a store", tmp_path / "logs"
+    first, second = submit(slurm, model, store, logs, "--array", "8", precompute="--shard-size 1")
+    wait_until(lambda: list(store.glob("*.parquet")), logs)
+    states = slurm.states(first)
+    assert len(states) == 8
+    running = [task for task, state in states.items() if state == "RUNNING"]
+    slurm.run("scancel", "--signal=KILL", running[0])
+    slurm.run("scontrol", "requeue", running[1])
+    states = slurm.wait(first, DONE, timeout=400)
+    assert states.pop(running[0]) in ("FAILED", "CANCELLED"), logged(logs)
+    assert set(states.values()) == {"COMPLETED"}, (states, logged(logs))
+    assert slurm.jobs(first)[running[1]]["Restarts"] == "1"
+    assert shard_bytes(store) == shard_bytes(reference)
+    assert verify(store) == [] and not (store / ".staging").exists()
+    # One task failed, hence afterok cannot hold any more: phase 2 is cancelled and does not wait for ever.
+    assert slurm.wait(second, DONE) == {second: "CANCELLED"}
+    assert not list(logs.glob("refdpo-train*"))
+
+
+def test_a_failing_phase_1_keeps_phase_2_from_starting(slurm, model, tmp_path):
+    store, logs = tmp_path / "store", tmp_path / "logs"
+    first, second = submit(slurm, model, store, logs, precompute="--max-length 100000")
+    assert slurm.wait(first, DONE) == {first: "FAILED"}
+    assert "longer than the model's context" in logged(logs)
+    assert slurm.wait(second, DONE) == {second: "CANCELLED"}
+    assert not list(logs.glob("refdpo-train*")) and not store.exists()
+
+
+@pytest.fixture(scope="module")
+def chained(slurm, model, tmp_path_factory) -> Path:
+    """Both phases, undisturbed: one node scores, then two nodes train."""
+    folder = tmp_path_factory.mktemp("chain")
+    train = f"--max-steps {STEPS} --output-dir {folder}/run"
+    first, second = submit(slurm, model, folder / "store", folder / "logs", "--train-nodes", "2", train=train)
+    assert slurm.jobs(second)[second]["Dependency"].startswith("afterok:")
+    assert slurm.wait(first, DONE, timeout=240) == {first: "COMPLETED"}, logged(folder / "logs")
+    assert slurm.wait(second, DONE, timeout=400) == {second: "COMPLETED"}, logged(folder / "logs")
+    assert slurm.jobs(second)[second]["NodeList"] == "n[1-2]"
+    return folder
+
+
+def test_the_chain_trains_on_two_nodes(chained):
+    store = open_store(chained / "store", check="sha256")
+    record = json.loads((chained / "run" / "run.json").read_text())
+    assert record["status"] == "finished" and record["result"]["num_steps"] == STEPS
+    assert record["store"]["weights_sha256"] == store.identity.weights_sha256
+    assert losses(chained / "run")[0] == pytest.approx(0.6931, abs=1e-3)
+    assert list((chained / "run").glob("*.safetensors"))
+
+
+def test_a_warned_phase_1_is_requeued_and_goes_on(slurm, model, reference, tmp_path):
+    """SIGUSR1 to the batch script, as Slurm sends it before the time limit: the job runs twice and seals the same bytes."""
+    store, logs = tmp_path / "store", tmp_path / "logs"
+    first, _ = submit(slurm, model, store, logs, precompute="--shard-size 1", train=f"--max-steps 1 --output-dir {tmp_path}/run")
+    wait_until(lambda: list(store.glob("*.parquet")), logs)
+    slurm.run("scancel", "--batch", "--signal=USR1", first)
+    wait_until(lambda: "requeueing" in logged(logs) or slurm.states(first)[first] == "COMPLETED", logs)
+    assert "stopped by SIGUSR1" in logged(logs) and not (store / "manifest.json").exists(), logged(logs)
+    assert slurm.wait(first, DONE, timeout=300) == {first: "COMPLETED"}, logged(logs)
+    assert slurm.jobs(first)[first]["Restarts"] == "1"
+    assert "rows are done, going on" in logged(logs)
+    assert shard_bytes(store) == shard_bytes(reference)
+
+
+def test_a_warned_training_is_requeued_and_resumes_to_the_same_losses(slurm, chained, tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    options = [
+        "--nodes=2",
+        "--gpus-per-node=1",
+        "--cpus-per-task=2",
+        "--mem=1G",
+        "--time=30",
+        f"--output={logs}/%x-%j.out",
+        f"--chdir={ROOT}",
+    ]
+    arguments = ["--ref-store", chained / "store", "--max-steps", STEPS, "--output-dir", tmp_path / "run"]
+    job = slurm.run("sbatch", "--parsable", *options, ROOT / "slurm/train.sbatch", *arguments, env={"PYTHON": sys.executable})
+    wait_until(lambda: f"step 1/{STEPS}" in logged(logs), logs)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait(job, DONE, timeout=400) == {job: "COMPLETED"}, logged(logs)
+    assert slurm.jobs(job)[job]["Restarts"] == "1", logged(logs)
+    stopped_at = int(re.search(r"a checkpoint is written at step (\d+) of", logged(logs))[1])
+    assert 1 <= stopped_at < STEPS
+    assert f"resuming from {tmp_path}/run/checkpoint-{stopped_at}" in logged(logs)
+    assert losses(tmp_path / "run") == losses(chained / "run")
+    # Once more, as after a crash of the controller: nothing to do, and said so.
+    job = slurm.run("sbatch", "--parsable", *options, ROOT / "slurm/train.sbatch", *arguments, env={"PYTHON": sys.executable})
+    assert slurm.wait(job, DONE, timeout=400) == {job: "COMPLETED"}, logged(logs)
+    assert "trained already, nothing to do" in logged(logs)
+
+
+def test_status_answers_fast_and_without_torch(chained):
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "cli.py", "status", "--ref-store", str(chained / "store")],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert time.perf_counter() - started < 1 + 0.5 * os.getloadavg()[0]
+    assert not re.search(r"\b(torch|transformers|datasets|duckdb)\b$", done.stderr, re.MULTILINE)
+    assert "sealed, 6 shards, 88 pairs of 88 rows" in done.stdout
