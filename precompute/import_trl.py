@@ -1,0 +1,139 @@
+"""TRL's cache of reference log-probs -> a store, after checking that it belongs to this model and dataset.
+
+The cache (an Arrow file with ref_chosen_logps and ref_rejected_logps, one row per pair that TRL kept) says nothing about what made
+it.
+So the rows are tokenized here, counted against it, and some pairs are scored again. Token values are not in it: the store has each
+sum
+spread evenly over its tokens and says so by its scorer version; `train` uses the sums and refuses what needs token values.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedModel
+
+from precompute.packing import Sequence
+from precompute.pairs import Pair, tokenize_rows
+from precompute.scoring import score
+from precompute.worker import PrecomputeConfig, columns_of, load_inputs
+from store.errors import InputError
+from store.folder import missing_shards, prepare_store
+from store.manifest import Identity, Manifest, ShardReport, Unscorable
+from store.schema import SUMS_ONLY
+from store.seal import seal
+from store.shard import publish_shard
+
+NAMES = ("ref_chosen_logps", "ref_rejected_logps")
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Largest mean over completions of |rescored - cached| per token, nats: the same as the gate's before training, measured there."""
+
+
+def import_trl(
+    config: PrecomputeConfig, cache: Path, device, num_pairs: int = 8, progress: Callable[[int, int], None] | None = None
+) -> Manifest:
+    """Make the store `config.ref_store` from TRL's `cache` for the same dataset, model and max_length.
+
+    InputError for a file that is no such cache, has another number of pairs, or disagrees with the model on `num_pairs` random
+    pairs.
+    """
+    cached = read_cache(cache)
+    rows, tokenizer, model, identity = load_inputs(config, device)
+    identity = replace(identity, scorer_version=SUMS_ONLY)
+    blocks = [
+        tokenize_rows(tokenizer, rows.select(identity.rows_of(i)).to_list(), identity.rows_of(i).start, config.max_length)
+        for i in range(identity.num_shards)
+    ]
+    pairs = [pair for block in blocks for pair in block.pairs]
+    if len(pairs) != len(cached):
+        raise InputError(
+            "not a cache of these rows under this max_length",
+            where=f"--cache {cache}",
+            expected=f"{len(pairs):,} pairs",
+            found=f"{len(cached):,}",
+            next="Pass the dataset, split, tokenizer, template and --max-length that TRL was given.",
+        )
+    _check_numbers(model, config.dtype, pairs, cached, num_pairs, cache)
+    prepare_store(config.ref_store, identity)
+    missing = set(missing_shards(config.ref_store, identity))
+    first = 0
+    for index, block in enumerate(blocks):
+        stop = first + len(block.pairs)
+        if index in missing:
+            publish_shard(config.ref_store, identity, *_shard(identity, index, block, cached[first:stop]), {})
+        first = stop
+        if progress is not None:
+            progress(index + 1, len(blocks))
+    return seal(
+        config.ref_store,
+        identity,
+        {"imported_from": f"TRL's cache {cache.name}", "token_values": "each sum spread evenly"},
+        config.preset,
+    )
+
+
+def read_cache(path: Path) -> np.ndarray:
+    """float64 [pairs, 2]: chosen and rejected sums. InputError if the file is no such cache."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_stream(source).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot be read as an Arrow stream: {str(error).splitlines()[0]}", where=f"--cache {path}") from error
+    missing = [name for name in NAMES if name not in table.column_names]
+    if missing:
+        raise InputError(
+            "not TRL's cache",
+            where=f"--cache {path}",
+            expected=f"columns {' and '.join(NAMES)}",
+            found=", ".join(table.column_names),
+        )
+    values = np.stack([table[name].to_numpy().astype(np.float64) for name in NAMES], axis=1)
+    if not np.isfinite(values).all():
+        raise InputError("a value is not finite", where=f"--cache {path}, pair {int(np.argwhere(~np.isfinite(values))[0][0])}")
+    return values
+
+
+def _check_numbers(model: PreTrainedModel, dtype: str, pairs: list[Pair], cached: np.ndarray, num_pairs: int, cache: Path) -> None:
+    chosen = sorted(np.random.default_rng(0).choice(len(pairs), size=min(num_pairs, len(pairs)), replace=False).tolist())
+    sequences: list[Sequence] = [sequence for index in chosen for sequence in pairs[index].sequences]
+    now = score(model, sequences, layout="padded", tokens_per_batch=1)
+    stored = cached[chosen].reshape(-1)
+    off = [abs(float(new.sum(dtype=np.float64)) - old) / len(new) for new, old in zip(now, stored, strict=True)]
+    if not np.mean(off) <= TOLERANCE[dtype]:
+        worst = pairs[chosen[int(np.argmax(off)) // 2]].row
+        raise InputError(
+            f"these are not the log-probs of this model: {len(chosen)} random pairs are off by {np.mean(off):.2g} nats per token",
+            where=f"--cache {cache}",
+            expected=f"at most {TOLERANCE[dtype]:g} in {dtype}",
+            found=f"{max(off):.2g} on row {worst}",
+            next="Pass the model, dtype and dataset order that TRL was given, or score with precompute.",
+        )
+
+
+def _shard(identity: Identity, index: int, block, sums: np.ndarray) -> tuple[ShardReport, pa.Table]:
+    spread = [
+        [
+            np.full(len(ids), total / len(ids), np.float32)
+            for ids, total in zip((pair.chosen_ids, pair.rejected_ids), row, strict=True)
+        ]
+        for pair, row in zip(block.pairs, sums, strict=True)
+    ]
+    rows = identity.rows_of(index)
+    num_prompt = sum(len(pair.prompt_ids) for pair in block.pairs)
+    num_completion = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in block.pairs)
+    report = ShardReport(
+        index=index,
+        first_row=rows.start,
+        num_rows=len(rows),
+        num_pairs=len(block.pairs),
+        unscorable=tuple(Unscorable(**each) for each in block.unscorable),
+        counts=dict(block.counts),
+        examples=block.examples,
+        num_prompt_tokens=num_prompt,
+        num_completion_tokens=num_completion,
+        model_tokens=0,
+    )
+    return report, columns_of(block.pairs, [each[0] for each in spread], [each[1] for each in spread])

@@ -1,0 +1,257 @@
+"""A store as one HTML page that needs no network, with the pictures it is made of beside it; alone, or compared with another store.
+
+    runs/report/think/index.html, lengths.png, margins.png, …
+
+The questions are SQL over the store's columns. Text to read is decoded by a function the caller brings: a store holds ids, no
+tokenizer.
+"""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from store.disk import refusal
+from store.errors import InputError
+from store.manifest import NAMES, Identity
+from store.reader import Store, open_store
+from store.schema import COUNTS
+
+TOKENS_SAMPLED = 2048
+"""Pairs whose per-token values are looked at, in blocks of one row group, evenly spaced: all tokens of a large store are
+gigabytes."""
+
+BLOCK = 64
+
+EXTREMES = 3
+"""Pairs shown at each end."""
+
+SHOWN = 1500
+"""Characters of a text shown."""
+
+VALUES = """
+create view pairs as select *,
+    ref_chosen_logps - ref_rejected_logps as margin,
+    ref_chosen_logps / num_chosen_tokens as chosen_mean, ref_rejected_logps / num_rejected_tokens as rejected_mean,
+    ref_chosen_logps / num_chosen_tokens - ref_rejected_logps / num_rejected_tokens as mean_margin
+from short
+"""
+
+SUMMARY = """
+select count(*) as num_pairs,
+    quantile_cont(margin, [0.05, 0.25, 0.5, 0.75, 0.95]) as margins,
+    quantile_cont(mean_margin, [0.05, 0.25, 0.5, 0.75, 0.95]) as mean_margins,
+    avg((margin > 0)::int) as prefers, avg((mean_margin > 0)::int) as mean_prefers,
+    avg(chosen_truncated::int) as chosen_truncated, avg(rejected_truncated::int) as rejected_truncated,
+    avg((num_chosen_tokens > num_rejected_tokens)::int) as chosen_longer,
+    corr(margin, num_chosen_tokens - num_rejected_tokens) as margin_with_length,
+    quantile_disc(num_prompt_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as prompt,
+    quantile_disc(num_chosen_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as chosen,
+    quantile_disc(num_rejected_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as rejected
+from pairs
+"""
+
+BY_POSITION = """
+with scored as (
+    select side, unnest(range(len(logps))) as position, unnest(logps) as logp from (
+        select 'chosen' as side, chosen_token_logps as logps from sampled
+        union all select 'rejected', rejected_token_logps from sampled))
+select side, floor(4 * log2(position + 1)) as step, min(position) + 1 as first, avg(logp) as mean,
+    quantile_cont(logp, 0.1) as low, count(*) as num_tokens
+from scored group by side, step having count(*) >= 10 order by side, step
+"""
+
+JOINED = """
+create table joined as
+with mine as (select * from pairs qualify row_number() over (partition by pair_id order by row) = 1),
+    others as (select * from other_pairs qualify row_number() over (partition by pair_id order by row) = 1)
+select pair_id, mine.row as row, mine.margin as margin, others.margin as other_margin,
+    mine.mean_margin as mean_margin, others.mean_margin as other_mean_margin,
+    others.ref_chosen_logps - mine.ref_chosen_logps as chosen_difference,
+    others.ref_rejected_logps - mine.ref_rejected_logps as rejected_difference,
+    mine.num_chosen_tokens = others.num_chosen_tokens and mine.num_rejected_tokens = others.num_rejected_tokens as same_counts
+from mine join others using (pair_id)
+"""
+
+COMPARED = """
+select count(*) as both, (select count(distinct pair_id) from pairs) - count(*) as only_here,
+    (select count(distinct pair_id) from other_pairs) - count(*) as only_there,
+    avg(same_counts::int) as same_counts,
+    avg(((margin > 0) <> (other_margin > 0))::int) as flipped, avg(((mean_margin > 0) <> (other_mean_margin > 0))::int) as mean_flipped,
+    corr(margin, other_margin) as correlation, corr(mean_margin, other_mean_margin) as mean_correlation,
+    quantile_cont(other_margin - margin, [0.05, 0.25, 0.5, 0.75, 0.95]) as margin_change,
+    quantile_cont(chosen_difference, [0.05, 0.25, 0.5, 0.75, 0.95]) as chosen_change,
+    quantile_cont(rejected_difference, [0.05, 0.25, 0.5, 0.75, 0.95]) as rejected_change,
+    max(abs(chosen_difference)) as largest_chosen, max(abs(rejected_difference)) as largest_rejected
+from joined
+"""
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """Pairs at one end, to read."""
+
+    title: str
+    pairs: tuple[dict, ...]
+    """pair_id, row, value, and the texts prompt, chosen, rejected."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page says of one store."""
+
+    store: Store
+    summary: dict
+    extremes: tuple[Extreme, ...]
+    pictures: dict[str, bytes]
+    """File name -> PNG."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the page says of two stores, joined by pair_id."""
+
+    other: Store
+    summary: dict
+    identity: tuple[tuple[str, object, object, bool], ...]
+    """(field, here, there, compared and different)."""
+    extremes: tuple[Extreme, ...]
+
+
+def report(path: Path, folder: Path, decode: Decode | None = None, other: Path | None = None) -> Path:
+    """Write the report on the sealed store at `path` into `folder`; return the page. `other` is a store to compare it with.
+
+    InputError for stores without a common pair, StoreError for one that is unsealed or damaged or a folder that cannot be written.
+    """
+    from store.report_page import render
+    from store.report_pictures import compared, pictures
+
+    store = open_store(path)
+    other_store = open_store(other) if other is not None else None
+    connection = _connect(store)
+    facts = Facts(store, _one(connection, SUMMARY), (), {})
+    comparison = None
+    if store.num_pairs:
+        facts = Facts(store, facts.summary, _extremes(connection, store, decode), pictures(connection, store.identity.max_length))
+    if other_store is not None:
+        comparison = _compare(connection, store, other_store, decode)
+        facts.pictures.update(compared(connection))
+    embedded = {name: base64.b64encode(png).decode() for name, png in facts.pictures.items()}
+    page = render(facts=facts, comparison=comparison, pictures=embedded, counts=COUNTS, decoded=decode is not None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, png in facts.pictures.items():
+            (folder / name).write_bytes(png)
+        (folder / "index.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise refusal(error, folder) from error
+    return folder / "index.html"
+
+
+def _connect(store: Store) -> duckdb.DuckDBPyConnection:
+    """Tables: `short` (the columns of one value per pair), `pairs` (with margins) and `sampled` (all columns of some pairs)."""
+    connection = duckdb.connect()
+    connection.register("short", store.lengths())
+    connection.register("sampled", store.read(_sampled(store.num_pairs), ["pair_id", "chosen_token_logps", "rejected_token_logps"]))
+    connection.execute(VALUES)
+    return connection
+
+
+def _sampled(num_pairs: int) -> list[int]:
+    """Positions: everything in a small store, else whole row groups evenly spaced."""
+    if num_pairs <= TOKENS_SAMPLED:
+        return list(range(num_pairs))
+    blocks = TOKENS_SAMPLED // BLOCK
+    starts = [index * (num_pairs // BLOCK) // blocks * BLOCK for index in range(blocks)]
+    return [start + offset for start in starts for offset in range(BLOCK)]
+
+
+def _one(connection: duckdb.DuckDBPyConnection, sql: str) -> dict:
+    return _all(connection, sql)[0]
+
+
+def _all(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict]:
+    cursor = connection.execute(sql)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def _extremes(connection: duckdb.DuckDBPyConnection, store: Store, decode: Decode | None) -> tuple[Extreme, ...]:
+    ends = {
+        "The reference is most for chosen (sum)": "margin desc",
+        "The reference is most against chosen (sum)": "margin",
+        "Most for chosen, per token": "mean_margin desc",
+        "Most against chosen, per token": "mean_margin",
+    }
+    return tuple(
+        Extreme(
+            title,
+            _read(
+                connection, store, decode, f"select row, {by.split()[0]} as value from pairs order by {by}, row limit {EXTREMES}"
+            ),
+        )
+        for title, by in ends.items()
+    )
+
+
+def _read(connection: duckdb.DuckDBPyConnection, store: Store, decode: Decode | None, sql: str) -> tuple[dict, ...]:
+    """The pairs that `sql` names (row, value, …), with their texts."""
+    found = _all(connection, sql)
+    position = {row: index for index, row in enumerate(store.columns(["row"])["row"].to_pylist())}
+    names = [
+        "pair_id",
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "num_chosen_tokens",
+        "num_rejected_tokens",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    ]
+    pairs = store.read([position[each["row"]] for each in found], names).to_pylist()
+    texts = [
+        {name: _text(pair[f"{name}_ids"], decode, keep_end=name == "prompt") for name in ("prompt", "chosen", "rejected")}
+        for pair in pairs
+    ]
+    return tuple(each | pair | text for each, pair, text in zip(found, pairs, texts, strict=True))
+
+
+def _text(ids: list[int], decode: Decode | None, keep_end: bool) -> str:
+    """What the ids say, shortened; of a prompt the end matters most."""
+    text = decode(ids) if decode is not None else " ".join(map(str, ids))
+    if len(text) <= SHOWN:
+        return text
+    return "… " + text[-SHOWN:] if keep_end else text[:SHOWN] + " …"
+
+
+def _compare(connection: duckdb.DuckDBPyConnection, store: Store, other: Store, decode: Decode | None) -> Comparison:
+    connection.register("other_short", other.lengths())
+    connection.execute(VALUES.replace("view pairs", "view other_pairs").replace("from short", "from other_short"))
+    connection.execute(JOINED)
+    summary = _one(connection, COMPARED)
+    if not summary["both"]:
+        raise InputError(
+            "the stores have no pair in common",
+            where=f"{store.path}, --compare {other.path}",
+            expected="equal pair_ids: the same rows of the same dataset",
+            found=f"{store.identity.dataset} and {other.identity.dataset}",
+        )
+    changed = (
+        f"select row, other_margin - margin as value from joined order by abs(other_margin - margin) desc, row limit {EXTREMES}"
+    )
+    return Comparison(
+        other=other,
+        summary=summary,
+        identity=tuple(_identities(store.identity, other.identity)),
+        extremes=(Extreme("The margin changes most", _read(connection, store, decode, changed)),),
+    )
+
+
+def _identities(here: Identity, there: Identity):
+    for name, value in here.to_json().items():
+        others = getattr(there, name)
+        yield name, value, others, value != others and name not in NAMES

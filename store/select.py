@@ -1,0 +1,114 @@
+"""Which pairs of a store to train on, in which order, and which to hold back: SQL over the store's views, and a hash of the
+pair_id.
+
+select(Path("store/think"), where="num_chosen_tokens < 4096", order_by="num_chosen_tokens", eval_fraction=0.01)
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from store.errors import InputError
+from store.sql import connect, fetch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions in the store (0 … num_pairs - 1, in the order of rows) to train and to evaluate on."""
+
+    train: tuple[int, ...]
+    """In the order asked for; the store's order without `order_by`."""
+    eval: tuple[int, ...]
+    """In the store's order."""
+    num_pairs: int
+    """Pairs of the store."""
+    where: str | None
+    order_by: str | None
+    eval_fraction: float | None
+    pair_ids_sha256: str
+    """Of the training pairs' ids, one a line, in this order: equal hashes mean the same pairs in the same order."""
+    eval_pair_ids_sha256: str
+
+    @property
+    def everything(self) -> bool:
+        return self.where is None and self.order_by is None and self.eval_fraction is None
+
+    def to_json(self) -> dict:
+        """For a run's records: conditions, counts and hashes instead of the positions."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("train", "eval")}
+        return {"num_train": len(self.train), "num_eval": len(self.eval), **plain}
+
+    def __str__(self) -> str:
+        chosen = len(self.train) + len(self.eval)
+        text = f"{chosen:,} of {self.num_pairs:,} pairs"
+        text += f" where {self.where}" if self.where is not None else ""
+        text += f"; {len(self.eval):,} of them held back to evaluate on" if self.eval_fraction is not None else ""
+        text += f"; in the order of {self.order_by}" if self.order_by is not None else ""
+        return f"{text} (pair_ids sha256 {self.pair_ids_sha256[:12]})"
+
+
+def select(store: Path, where: str | None = None, order_by: str | None = None, eval_fraction: float | None = None) -> Selection:
+    """Choose pairs of the sealed store at `store`.
+
+    `where` and `order_by` are what follows these words in SQL over the view `pairs`; ties keep the store's order. A pair is held
+    back if
+    the hash of its pair_id falls into `eval_fraction`: the same pairs whatever the order, the condition or the store, and equal
+    content
+    never stands on both sides. InputError for SQL that fails, gives another answer the second time, or leaves nothing.
+    """
+    connection = connect(store, threads=1)  # with several, `limit` among equals picks another row each time
+    everything = fetch(connection, "select row, pair_id from pairs order by row", store)
+    given = " ".join(f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by)) if sql is not None)
+    if given:
+        query = f"select row, pair_id from pairs {_clause('where', where)} order by {_part(order_by, ', ')}row"
+        chosen = fetch(connection, query, given)
+        if chosen != fetch(connection, query, given):
+            raise InputError(
+                "this SQL gives another answer each time, so the processes of a run would not agree",
+                where=given,
+                next="For a random part use hash(pair_id) % 10 = 0; add row to an inner order by.",
+            )
+    else:
+        chosen = everything
+    if not chosen:
+        raise InputError("no pair is left", where=given or store, found=f"{len(everything):,} pairs in {store}")
+    held_back = [eval_fraction is not None and _unit(pair_id) < eval_fraction for _, pair_id in chosen]
+    train = [pair for pair, held in zip(chosen, held_back, strict=True) if not held]
+    evaluate = sorted(pair for pair, held in zip(chosen, held_back, strict=True) if held)
+    if eval_fraction is not None and not (train and evaluate):
+        raise InputError(
+            f"no pair is left to {'evaluate' if train else 'train'} on",
+            where=f"--eval-fraction {eval_fraction:g}",
+            found=f"{len(chosen):,} pairs to split",
+            next=f"Use a {'larger' if train else 'smaller'} fraction.",
+        )
+    position = {row: index for index, (row, _) in enumerate(everything)}
+    return Selection(
+        train=tuple(position[row] for row, _ in train),
+        eval=tuple(position[row] for row, _ in evaluate),
+        num_pairs=len(everything),
+        where=where,
+        order_by=order_by,
+        eval_fraction=eval_fraction,
+        pair_ids_sha256=_hash(train),
+        eval_pair_ids_sha256=_hash(evaluate),
+    )
+
+
+def _clause(word: str, sql: str | None) -> str:
+    # the line break ends a comment that the condition may end with
+    return f"{word} ({sql}\n)" if sql is not None else ""
+
+
+def _part(sql: str | None, after: str) -> str:
+    return f"{sql}\n{after}" if sql is not None else ""
+
+
+def _unit(pair_id: str) -> float:
+    """A number in [0, 1) that depends on the pair's content alone. Hashed again, so that no other use of pair_id's digits is
+    correlated."""
+    return int.from_bytes(hashlib.sha256(f"held back? {pair_id}".encode()).digest()[:8], "big") / 2**64
+
+
+def _hash(pairs: list[tuple[int, str]]) -> str:
+    return hashlib.sha256("".join(f"{pair_id}\n" for _, pair_id in pairs).encode()).hexdigest()

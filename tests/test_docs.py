@@ -1,0 +1,156 @@
+"""The commands and snippets of docs/walkthrough.md and docs/extending.md: run where they can run here, parsed by the real parser
+elsewhere.
+
+Fenced blocks: `sh run` is run in order in an empty folder, `sh cluster` and `sh setup` are not; `python` is executed; `text` after
+a command
+is what that command prints, up to numbers.
+"""
+
+import contextlib
+import re
+import runpy
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from one_rank import one_rank
+
+import cli
+from demo.model import make_demo_model
+from presets import PRESETS
+from store.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = ("walkthrough.md", "extending.md")
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    return BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
+
+
+def commands(text: str) -> list[list[str]]:
+    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python cli.py ")]
+
+
+def normal(line: str) -> str:
+    return re.sub(r"\b[0-9a-f]{12}\b|[\d,.:]+", "#", line.strip())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty working folder with the demo's model: the repository's, or a new one where that is of other demo files."""
+    folder = tmp_path_factory.mktemp("walkthrough")
+    model = folder / "demo" / "model"
+    model.parent.mkdir()
+    try:
+        model.symlink_to(make_demo_model(ROOT / "demo" / "model"))
+    except InputError:
+        make_demo_model(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("REFDPO_CACHE", str(folder / "cache"))
+        patch.setitem(PRESETS, "demo", replace(PRESETS["demo"], model=str(model)))
+        yield folder
+
+
+def run(argv: list[str], folder: Path) -> str:
+    argv = [word.replace("/tmp/refdpo-walkthrough", str(folder / "elsewhere")) for word in argv]
+    with one_rank() if argv[0] == "train" else contextlib.nullcontext():
+        result = CliRunner().invoke(cli.main, argv, catch_exceptions=False)
+    assert result.exit_code == 0, f"python cli.py {shlex.join(argv)}\n{result.output}"
+    return result.output
+
+
+def test_walkthrough_runs_as_written(folder):
+    output, ran = "", 0
+    for kind, tag, text in blocks("walkthrough.md"):
+        if (kind, tag) == ("sh", "run"):
+            for argv in commands(text):
+                output = run(argv, folder)
+                ran += 1
+        elif kind == "text":
+            printed = {normal(line) for line in output.splitlines()}
+            assert {normal(line) for line in text.splitlines()} <= printed, f"{text}\nis not in\n{output}"
+    assert ran >= 13
+    for made in (
+        "runs/analyze/demo.png",
+        "runs/report/demo/index.html",
+        "runs/rehearsal/run.json",
+        "store/copy/manifest.json",
+        "runs/export/demo-trl/dataset/state.json",
+    ):
+        assert (folder / made).exists(), made
+
+
+def test_snippets_run(folder):
+    if not (folder / "store" / "demo" / "manifest.json").exists():
+        run(["precompute", "--dataset", "demo"], folder)
+    ran = [runpy.run_path(_saved(text, folder)) for page in PAGES for kind, _, text in blocks(page) if kind == "python"]
+    assert len(ran) == 2
+
+
+def _saved(text: str, folder: Path) -> str:
+    (folder / "snippet.py").write_text(text)
+    return str(folder / "snippet.py")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_for_elsewhere_have_options_that_exist(page):
+    """Each is given to the command's own parser, which refuses unknown options, wrong values and missing required ones."""
+    for kind, tag, text in blocks(page):
+        assert (kind, tag) in {("sh", "run"), ("sh", "cluster"), ("sh", "setup"), ("text", ""), ("python", "")}
+        for argv in commands(text) if tag == "cluster" else []:
+            command = cli.main.commands[argv[0]]
+            parser = command.make_parser(click.Context(command))
+            given, rest, order = parser.parse_args(argv[1:])
+            assert not rest and order
+            missing = [each.name for each in command.params if each.required and each.name not in given]
+            assert not missing, (argv, missing)
+
+
+def test_examples_in_help_have_options_that_exist():
+    assert cli.EXAMPLES.keys() == cli.main.commands.keys()
+    for name, text in cli.EXAMPLES.items():
+        found = [shlex.split(line)[2:] for line in map(str.strip, text.splitlines()) if line.startswith("python cli.py")]
+        assert found, name
+        for argv in found:
+            assert argv[0] == name
+            command = cli.main.commands[name]
+            given, rest, _ = command.make_parser(click.Context(command)).parse_args(argv[1:])
+            missing = [each.name for each in command.params if each.required and each.name not in given]
+            assert not rest and not missing, argv
+
+
+def test_links_and_files_named_exist():
+    for page in PAGES:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (ROOT / "docs" / target).exists(), target
+        for name in re.findall(r"`((?:precompute|store|train|tests|slurm|docs)/\w+\.\w+)`", text):
+            assert (ROOT / name).exists(), name
+    for page, names in {
+        "extending.md": (
+            "_sides",
+            "traits",
+            "column_kinds",
+            "refuse_unpackable",
+            "refuse_unusual_head",
+            "score_packed",
+            "LOSS_TYPES",
+            "CONFIGS",
+            "OTHER_TOKENS",
+        )
+    }.items():
+        source = "".join(
+            path.read_text()
+            for part in ("precompute", "store", "train", "tests")
+            for path in (ROOT / part).glob("*.py")
+            if path.name != Path(__file__).name
+        )
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for name in names:
+            assert f"`{name}`" in text and re.search(rf"(def {name}\(|^{name}\b)", source, re.MULTILINE), name
