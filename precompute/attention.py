@@ -20,7 +20,7 @@ from store.errors import InputError
 NAME = "refdpo_packed"
 
 WINDOWED_BLOCK = 256
-"""Queries per call where attention needs a mask (a sliding window on the CPU, float32 on a GPU); bounds the mask to 256 x (256 + window)."""
+"""Queries per call where attention needs a mask (a sliding window on the CPU, float32 on a GPU); bounds the mask to 256 x (256 + window), or 256 x keys."""
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
