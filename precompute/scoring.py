@@ -11,17 +11,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from precompute.attention import PackedLayout, packed_attention
+from precompute.cpu import fast_on_cpu, linear
 from precompute.packing import PackedBatch, Sequence, pack
 from store.errors import InputError
 
 SCORER_VERSION = 1
 """Part of a store's identity: raised when a change here or in pairs.py changes what is scored or how it is rounded."""
 
-HEAD_TILE = {"cpu": (2048, 2048), "cuda": (2048, 1 << 20)}
+HEAD_TILE = {"cpu": (256, 2048), "cuda": (2048, 1 << 20)}
 """Completion positions x vocabulary entries whose logits exist at a time. A CPU's tile stays in cache between the product and its
 log-sum-exp (1.4 times the speed of whole rows); a GPU takes whole rows."""
 
@@ -61,7 +61,7 @@ def score_batches(
                 np.array(indices), score_padded(model, members), len(members) * max(len(each.ids) for each in members)
             )
         return
-    with packed_attention(model):
+    with packed_attention(model), fast_on_cpu(model):
         for batch in pack(sequences, tokens_per_batch):
             scores = score_packed(model, batch).cpu().numpy()
             yield ScoredBatch(batch.members, [scores[slots] for slots in batch.slots], len(batch.input_ids))
@@ -93,7 +93,7 @@ def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.
         log_sums = []
         for first in range(0, head.weight.shape[0], num_entries):
             entries = slice(first, first + num_entries)
-            logits = F.linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries]).float()
+            logits = linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries]).float()
             log_sums.append(logits.logsumexp(dim=1))
             here = (target >= first) & (target < first + logits.shape[1])
             target_logits[here] = logits[here, target[here] - first]
