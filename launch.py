@@ -37,13 +37,13 @@ def launched() -> Process | None:
     return None
 
 
-def begin_at(process: Process) -> float:
-    """Where in the list of missing shards this worker begins, in [0, 1): spread over the tasks of a Slurm array as over ranks. Only saves
-    workers from asking for the same shard at once; any value is right."""
+def place_among_all(process: Process) -> tuple[int, int]:
+    """(this worker's number, how many workers there are), counted over the tasks of a Slurm array as over ranks. Only saves workers
+    from asking for the same shard at once; any number is right."""
     environ = os.environ
     task, tasks = int(environ.get("SLURM_ARRAY_TASK_ID", 0)), int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))
     first = int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
-    return ((task - first) % tasks * process.world + process.rank) / (tasks * process.world)
+    return (task - first) % tasks * process.world + process.rank, tasks * process.world
 
 
 def num_local_processes(requested: int | None, default_without_gpu: int) -> int:

@@ -2,8 +2,8 @@
 
     rows of shard 7 ──tokenize (thread)──► pairs ──score (this thread)──► log-probs ──publish (thread)──► store/think/part-00007.parquet
 
-Any number of workers may run this on the same store, at the same time or one after another: each takes the next shard that nobody holds,
-and whoever completes the set seals it.
+Any number of workers may run this on the same store, at the same time or one after another: each takes the dearest shard that
+nobody holds (plan.py), and whoever completes the set seals it.
 """
 
 import socket
@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from launch import Process, begin_at, device
+from launch import Process, device, place_among_all
 from precompute.dataset import check_and_fingerprint, load_rows
 from precompute.model import (
     chat_template_sha256,
@@ -31,6 +31,7 @@ from precompute.model import (
     weights_sha256,
 )
 from precompute.pairs import Pair, TokenizedRows, tokenize_rows
+from precompute.plan import claiming_order, shard_costs
 from precompute.progress import Progress, Show
 from precompute.scoring import SCORER_VERSION, Layout, score_batches
 from stop import StopRequest, listening
@@ -100,9 +101,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "versions": versions(),
     }
     progress = Progress(config.ref_store, identity, process, config.show)
-    missing = missing_shards(config.ref_store, identity)
-    start = int(begin_at(process) * len(missing))  # workers begin apart
-    missing = missing[start:] + missing[:start]
+    costs = shard_costs(rows, config.shard_size, config.max_length)
+    missing = claiming_order(costs, missing_shards(config.ref_store, identity), *place_among_all(process))
     claims: list[Claim] = []
     # One shard ahead is tokenized and one behind is written while this thread keeps the model busy.
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
