@@ -174,7 +174,12 @@ local_store_option = click.option(
     help="padded: plain batches, for models that packed refuses.",
 )
 @click.option(
-    "--tokens-per-batch", type=click.IntRange(min=1), default=16384, show_default=True, help="Token budget of one forward pass."
+    "--tokens-per-batch",
+    callback=lambda context, option, value: value if value == "auto" else click.IntRange(min=1).convert(value, option, context),
+    default="16384",
+    show_default=True,
+    metavar="INTEGER|auto",
+    help="Token budget of one forward pass: bounds its memory. auto: measure, and take the largest that fits.",
 )
 @click.option(
     "--shard-size",

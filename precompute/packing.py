@@ -2,7 +2,7 @@
 
 1. sort     the sequences lexicographically: those that share a prefix become neighbours
 2. share    each keeps only the tokens after its longest common prefix with its predecessor (its *branch*)
-3. cut      walk the sorted list and close a batch when the next branch would exceed the token budget
+3. cut      walk the sorted list and close a batch when the next branch would exceed the budget of tokens, or of keys
 
     chosen   p0 p1 p2 c0 c1 c2          packed row   p0 p1 p2 c0 c1 | r0 r1
     rejected p0 p1 p2 r0 r1 r2          positions     0  1  2  3  4 |  3  4
@@ -20,6 +20,10 @@ import numpy as np
 
 MIN_SHARED = 8
 """Shorter common prefixes are not shared: one more attention call costs more than a few tokens."""
+
+KEYS_PER_TOKEN = 4
+"""A batch has at most so many keys per token of the budget. On a GPU each branch has its own copy of its context's keys and values: a long
+prompt under many short branches would take memory that the number of tokens does not show."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,17 @@ def plan(ids: list[np.ndarray], tokens_per_batch: int) -> Iterator[list[tuple[in
     """Steps 1 to 3: batches of (index, tokens shared with the predecessor). The model computes len(ids[index]) - 1 - shared for each."""
     order = sorted(range(len(ids)), key=lambda i: ids[i][:-1].astype(">u4").tobytes())
     batch: list[tuple[int, int]] = []
-    used = 0
+    used = keys = 0
     for previous, index in zip([None, *order], order, strict=False):
         shared = 0 if previous is None else common_prefix(ids[previous][:-1], ids[index][:-1])
         shared = shared if shared >= MIN_SHARED else 0
         length = len(ids[index]) - 1
-        if batch and used + length - shared > tokens_per_batch:
+        if batch and (used + length - shared > tokens_per_batch or keys + length > KEYS_PER_TOKEN * tokens_per_batch):
             yield batch
-            batch, used, shared = [], 0, 0
+            batch, used, keys, shared = [], 0, 0, 0
         batch.append((index, shared))
         used += length - shared
+        keys += length if length > shared else 0
     if batch:
         yield batch
 

@@ -7,12 +7,14 @@ nobody holds (plan.py), and whoever completes the set seals it.
 """
 
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from launch import Process, device, place_among_all
+from precompute.budget import largest_budget
 from precompute.dataset import check_and_fingerprint, load_rows
 from precompute.model import (
     chat_template_sha256,
@@ -72,7 +75,7 @@ class PrecomputeConfig:
     preset: str | None
     # speed: recorded, never compared
     layout: Layout = "packed"
-    tokens_per_batch: int = 16384
+    tokens_per_batch: int | Literal["auto"] = 16384
     show: Show = "text"
     """What is printed meanwhile: precompute/progress.py."""
 
@@ -93,11 +96,17 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     prepare_store(config.ref_store, identity)
     if config.layout == "packed":
         self_test(model, config.dtype)
+    if config.tokens_per_batch == "auto":
+        budget = largest_budget(model, layout=config.layout, max_length=config.max_length, num_workers=process.world)
+        config = replace(config, tokens_per_batch=budget)
+        if config.show == "text" and process.local_rank == 0:
+            print(f"--tokens-per-batch auto: {budget:,}", file=sys.stderr)
 
     provenance = {
         "worker": f"{socket.gethostname()}:{process.rank}",
         "host": socket.gethostname(),
         "device": _device_name(where),
+        "tokens_per_batch": config.tokens_per_batch,
         "versions": versions(),
     }
     progress = Progress(config.ref_store, identity, process, config.show)
@@ -131,7 +140,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if missing:
         done = identity.num_shards - len(missing_shards(config.ref_store, identity))
         raise stop.error(f"{done} of {identity.num_shards} shards are done", config.ref_store)
-    recorded = {"layout": config.layout, "tokens_per_batch": config.tokens_per_batch, "threads_per_worker": torch.get_num_threads()}
+    recorded = {"layout": config.layout, "threads_per_worker": torch.get_num_threads()}
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
     while not (config.ref_store / MANIFEST).exists() and (held := claim_sealing(config.ref_store)) is None:
         stop.sleep(FIRST_PAUSE_S)

@@ -18,7 +18,7 @@ def seal(store: Path, identity: Identity, provenance: dict[str, Any], preset: st
     """Write `manifest.json` if all shards are there and return it; if the store is sealed already, return the manifest it has.
 
     Any number of workers may seal at once: one manifest wins, all return that one. `provenance` is recorded as given (layout,
-    tokens_per_batch, …), beside what the shards' own provenance adds up to. StoreError if shards are missing or not of `identity`.
+    …), beside what the shards' own provenance adds up to. StoreError if shards are missing or not of `identity`.
     """
     manifest_path = store / MANIFEST
     if not manifest_path.exists():
@@ -114,7 +114,7 @@ def _added_up(shards: list[tuple[ShardReport, Sidecar | None]]) -> dict[str, Any
     seconds = sum(each for _, each in timed)
     total: dict[str, Any] = {"shards_without_provenance": len(shards) - len(known), "seconds": seconds}
     total["tokens_per_second"] = sum(report.model_tokens for report, _ in timed) / seconds if seconds > 0 else None
-    for name in ("worker", "host", "device"):
+    for name in ("worker", "host", "device", "tokens_per_batch"):
         total[f"shards_by_{name}"] = dict(Counter(str(each[name]) for _, each in known if name in each))
     versions = {record.canonical(each["versions"]): each["versions"] for _, each in known if "versions" in each}
     total["versions"] = [versions[key] for key in sorted(versions)]

@@ -1,0 +1,117 @@
+"""`--tokens-per-batch auto`: the largest token budget whose batches fit the memory that is free on the device.
+
+1. measure  the peak memory of two forwards of made-up batches, one four times the other: bytes per token, and a constant
+2. choose   the budget that takes SHARE of what is free, at most MOST
+3. try      a forward of that size, on a GPU: what does not fit is made smaller until it does
+
+The made-up batches have as many keys per token as a real one may have (packing.KEYS_PER_TOKEN), so none needs more.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from precompute.packing import Sequence
+from precompute.scoring import Layout, score_batches
+from store.errors import InputError
+
+PROBES = (1024, 4096)
+"""Tokens of the two measured forwards."""
+
+SHARE = {"cuda": 0.9, "cpu": 0.5}
+"""Of the free memory. A host has other users, and its allocator gives memory back late."""
+
+MOST = 65536
+"""More tokens gain nothing: throughput is flat long before, and what sharing still wins is under 1 % (docs/benchmarks.md)."""
+
+
+def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, num_workers: int) -> int:
+    """Tokens per batch, a multiple of 1,024 or `max_length`, for this model on its device; `num_workers` share a host's memory.
+
+    InputError where not even one sequence of `max_length` tokens fits, or where memory cannot be measured.
+    """
+    kind = model.device.type
+    free = _free(model.device) * SHARE[kind] / (num_workers if kind == "cpu" else 1)
+    small, large = (_peak(model, layout, tokens) for tokens in PROBES)
+    per_token = max(1.0, (large - small) / (PROBES[1] - PROBES[0]))
+    constant = max(0.0, small - per_token * PROBES[0])
+    fitting = math.floor((free - constant) / per_token)
+    while fitting >= max_length:
+        budget = max(max_length, min(MOST, fitting) // 1024 * 1024)
+        if kind == "cpu" or _fits(model, layout, budget):
+            return budget
+        fitting = int(0.8 * budget)
+    raise InputError(
+        "a batch of one sequence of --max-length tokens does not fit the memory",
+        where="--tokens-per-batch auto",
+        expected=f"{(constant + per_token * max_length) / 2**30:.1f} GiB for {max_length:,} tokens",
+        found=f"{free / 2**30:.1f} GiB, {SHARE[kind]:.0%} of what is free",
+        next="Free memory (other processes?), lower --max-length, or give --tokens-per-batch a number.",
+    )
+
+
+def _probe(model: PreTrainedModel, layout: Layout, num_tokens: int) -> None:
+    """Score a batch of about `num_tokens` tokens. Packed: a prompt of half of them under six completions, which has KEYS_PER_TOKEN keys per
+    token, nearly. Padded: four rows, nearly all completion, for every logit exists there."""
+    half, sixth = num_tokens // 2, num_tokens // 12
+    num_prompt, lengths = (half, [sixth] * 6) if layout == "packed" else (1, [num_tokens // 4 - 1] * 4)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = np.random.default_rng(0)
+    prompt = generator.integers(0, vocabulary, num_prompt)
+    completions = [generator.integers(0, vocabulary, length) for length in lengths]
+    sequences = [Sequence(np.concatenate([prompt, each]).astype(np.int32), len(prompt)) for each in completions]
+    for _ in score_batches(model, sequences, layout=layout, tokens_per_batch=num_tokens):
+        pass
+
+
+def _peak(model: PreTrainedModel, layout: Layout, num_tokens: int) -> int:
+    """Bytes that a forward of `num_tokens` takes beyond what is held before it, at their most."""
+    if model.device.type == "cuda":
+        _probe(model, layout, 128)  # libraries allocate workspace at first use
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _probe(model, layout, num_tokens)
+        return torch.cuda.max_memory_allocated(model.device) - before
+    _probe(model, layout, 128)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak (VmHWM) back to what is resident now
+        before = _status("VmRSS")
+        _probe(model, layout, num_tokens)
+        return _status("VmHWM") - before
+    except OSError as error:
+        raise InputError(
+            f"memory cannot be measured here: {error}", where="--tokens-per-batch auto", next="Give a number, such as 16384."
+        ) from error
+
+
+def _fits(model: PreTrainedModel, layout: Layout, num_tokens: int) -> bool:
+    try:
+        _probe(model, layout, num_tokens)
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
+
+
+def _free(device: torch.device) -> int:
+    """Bytes free on the device: a GPU's, with what PyTorch keeps for itself; or the host's, within this process's control groups."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = [1024 * int(_field(Path("/proc/meminfo"), "MemAvailable"))]
+    group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    for folder in (group, *group.parents):  # a Slurm job's limit stands on one of them
+        if (folder / "memory.max").is_file() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+            free.append(int(limit) - int((folder / "memory.current").read_text()))
+    return min(free)
+
+
+def _status(name: str) -> int:
+    return 1024 * int(_field(Path("/proc/self/status"), name))
+
+
+def _field(path: Path, name: str) -> str:
+    return next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:")).split()[1]

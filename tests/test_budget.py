@@ -1,0 +1,70 @@
+"""--tokens-per-batch auto: what it measures, what it chooses, and that the choice changes no score."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from precompute import budget
+from precompute.packing import KEYS_PER_TOKEN, Sequence, pack, plan
+from precompute.scoring import score
+from store.errors import InputError
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A model whose forward takes enough memory to be seen: 16 KiB per token in an MLP alone."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 384}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, max_position_embeddings=1 << 16)).eval().requires_grad_(False)
+
+
+def test_the_measured_peak_predicts_a_larger_batch(wide, monkeypatch):
+    monkeypatch.setattr("precompute.cpu.MLP_TILE", 1 << 20)  # else the MLP, the largest part, is bounded already
+    small, large, larger = (budget._peak(wide, "packed", tokens) for tokens in (1024, 4096, 12288))
+    assert 16 * MIB < large < 400 * MIB
+    predicted = large + (large - small) / 3072 * 8192
+    assert 0.6 * predicted < larger < 1.4 * predicted
+
+
+def test_what_is_free_decides(wide, monkeypatch):
+    monkeypatch.setattr(budget, "_peak", lambda model, layout, tokens: 10 * MIB + 1024 * 100 * tokens)
+
+    def chosen(free: int, max_length: int = 2000, num_workers: int = 1):
+        monkeypatch.setattr(budget, "_free", lambda device: int(free / budget.SHARE["cpu"]))
+        return budget.largest_budget(wide, layout="packed", max_length=max_length, num_workers=num_workers)
+
+    assert chosen(10 * MIB + 1024 * 100 * 8200) == 8192
+    assert chosen(10 * MIB + 1024 * 100 * 8191) == 7168
+    assert chosen(10 * MIB + 1024 * 100 * 2010) == 2000  # not a multiple of 1,024, but one sequence fits
+    assert chosen(2 * (10 * MIB + 1024 * 100 * 8200), num_workers=2) == 8192
+    assert chosen(1 << 50) == budget.MOST
+    with pytest.raises(InputError, match="--tokens-per-batch auto: .*does not fit.*expected 0.2 GiB for 2,000 tokens"):
+        chosen(10 * MIB + 1024 * 100 * 1990)
+
+
+def test_any_budget_gives_the_same_scores():
+    model = tiny.make_model("olmo3")
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(2, 384, 60)
+    sequences = [Sequence(np.concatenate([prompt, rng.integers(2, 384, 40)]).astype(np.int32), 60) for _ in range(6)]
+    one_row, rows = (score(model, sequences, layout="packed", tokens_per_batch=tokens) for tokens in (budget.MOST, 128))
+    for a, b in zip(one_row, rows, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+
+
+def test_keys_are_bounded_too():
+    """A long prompt under many short replies: few tokens, many keys."""
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(2, 384, 500)
+    sequences = [Sequence(np.concatenate([prompt, rng.integers(2, 384, 10)]).astype(np.int32), 500) for _ in range(40)]
+    batches = list(pack(sequences, 1000))
+    keys = [sum(branch.num_context + branch.stop - branch.start for branch in batch.branches) for batch in batches]
+    assert max(keys) <= KEYS_PER_TOKEN * 1000 < sum(keys)
+    assert sorted(np.concatenate([batch.members for batch in batches])) == list(range(40))
+    probe = [np.concatenate([prompt[:256], rng.integers(2, 384, 42)]) for _ in range(6)]
+    assert len(list(plan(probe, 512))) == 1  # the measured batch is one batch, and at the limit
+    assert sum(len(ids) - 1 for ids in probe) > 0.85 * KEYS_PER_TOKEN * 512
