@@ -184,7 +184,7 @@ local_store_option = click.option(
 @click.option(
     "--shard-size",
     type=click.IntRange(min=1),
-    help="Rows per shard: the most a killed worker loses. Default: the preset's, or 64.",
+    help="Rows per shard: the most a killed worker loses. Default: 2,400 shards, of 16 to 1,024 rows.",
 )
 @click.option("--num-workers", type=click.IntRange(min=1), help="Local processes.  [default: one per GPU; 1 without a GPU]")
 @click.option("--limit", type=click.IntRange(min=1), help="Score only the first so many rows.")
@@ -224,9 +224,9 @@ def _precompute_config(dataset: str, **given):
         from demo.model import make_demo_model
 
         make_demo_model(Path(preset.model))
-    defaults = {"split": "train", "shard_size": 64}
+    defaults = {"split": "train"}
     if preset is not None:
-        defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype", "shard_size")}
+        defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype")}
     for name, value in defaults.items():
         given[name] = value if given[name] is None else given[name]
     missing = [f"--{name.replace('_', '-')}" for name in ("model", "max_length", "dtype") if given[name] is None]
@@ -577,7 +577,7 @@ def _key_values(given: tuple[str, ...]) -> dict:
 @click.option("--dataset-revision", help="Revision of the dataset on the hub.")
 @click.option("--max-length", type=click.IntRange(min=2), help="TRL's max_length (keep_start). Default: the preset's.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype TRL scored in. Default: the preset's.")
-@click.option("--shard-size", type=click.IntRange(min=1), help="Rows per shard. Default: the preset's, or 64.")
+@click.option("--shard-size", type=click.IntRange(min=1), help="Rows per shard. Default: as for precompute.")
 @click.option("--limit", type=click.IntRange(min=1), help="TRL was given only the first so many rows.")
 @click.option(
     "--num-pairs", type=click.IntRange(min=1), default=8, show_default=True, help="Random pairs scored again to check the cache."

@@ -22,8 +22,6 @@ class Preset:
     max_length: int
     """Tokens of prompt + completion; longer sequences keep their start."""
     dtype: str
-    shard_size: int
-    """Rows per shard: what a killed worker loses at most. Small enough that 64 workers end within 3 % of each other (benchmarks/balance.py)."""
     beta: float = 5.0
     loss_type: str = "sigmoid_norm"
     """Length-normalized DPO: beta = 5 means nothing without it."""
@@ -47,7 +45,6 @@ PRESETS = {
             model="allenai/Olmo-3-7B-Think-SFT",
             max_length=8192,
             dtype="bfloat16",
-            shard_size=64,
         ),
         Preset(
             name="instruct",
@@ -56,7 +53,6 @@ PRESETS = {
             model="allenai/Olmo-3-7B-Instruct-SFT",
             max_length=2048,
             dtype="bfloat16",
-            shard_size=128,
         ),
         Preset(
             name="demo",
@@ -65,7 +61,6 @@ PRESETS = {
             model=str(DEMO / "model"),
             max_length=512,
             dtype="float32",
-            shard_size=16,
             learning_rate=3e-4,
             num_train_epochs=3.0,
             effective_batch_size=8,

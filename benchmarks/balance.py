@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from precompute.dataset import load_rows
 from precompute.model import load_tokenizer
 from precompute.pairs import tokenize_rows
-from precompute.plan import claiming_order, row_costs
+from precompute.plan import claiming_order, default_shard_size, row_costs
 
 LINEAR, ATTENTION = 2 * 7.0e9, 4 * 4096
 """Operations per position, and per layer and (query, key)."""
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--dataset", nargs="+", required=True)
     parser.add_argument("--rows", type=int, default=150_000)
     parser.add_argument("--max-length", type=int, default=8192)
-    parser.add_argument("--shard-sizes", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--shard-sizes", type=int, nargs="+", help="default: the product's, and 256")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     options = parser.parse_args()
     generator = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def main() -> None:
     print(f"\n| rows | shard size | order | {workers} | {options.workers[-1]}, one 20 % slower |")
     print("|---|---:|---|" + "---:|" * (len(options.workers) + 1))
     for name, rows in draws.items():
-        for shard_size in options.shard_sizes:
+        for shard_size in options.shard_sizes or [default_shard_size(options.rows), 256]:
             for in_order in (True, False):
                 cases = [(number, False) for number in options.workers] + [(options.workers[-1], True)]
                 found = (spread(rows, options.max_length, shard_size, number, in_order, slow) for number, slow in cases)

@@ -1,4 +1,4 @@
-"""Which shard next: the order in which one worker asks for the shards of a store; pure, and a matter of speed only.
+"""How large a shard is, and which one next: the order in which one worker asks for the shards of a store; pure, and a matter of speed only.
 
 1. estimate  a shard's cost from the lengths of its rows' texts, which Arrow knows without reading a character
 2. sort      the dearest shards first, so that the last ones, over which workers finish apart, are the cheapest (Graham's LPT)
@@ -21,6 +21,18 @@ from precompute.dataset import ROWS_AT_A_TIME
 
 BYTES_PER_TOKEN = 4
 """Of a text, roughly. Only where max_length cuts depends on it."""
+
+
+SHARDS = 2400
+"""By default. 64 workers then have 37 each, and end within a 37th of each other; more would make opening the store slow."""
+
+FEWEST_ROWS, MOST_ROWS = 16, 1024
+"""Of a shard by default: enough to fill the model's batches; no more than a killed worker may lose."""
+
+
+def default_shard_size(num_rows: int) -> int:
+    """Rows per shard where none is given."""
+    return min(MOST_ROWS, max(FEWEST_ROWS, -(-num_rows // SHARDS)))
 
 
 def shard_costs(rows: datasets.Dataset, shard_size: int, max_length: int) -> np.ndarray:

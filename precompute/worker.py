@@ -34,7 +34,7 @@ from precompute.model import (
     weights_sha256,
 )
 from precompute.pairs import Pair, TokenizedRows, tokenize_rows
-from precompute.plan import claiming_order, shard_costs
+from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, Show
 from precompute.scoring import SCORER_VERSION, Layout, score_batches
 from stop import StopRequest, listening
@@ -70,7 +70,8 @@ class PrecomputeConfig:
     """File with a chat template that replaces the tokenizer's."""
     max_length: int
     dtype: str
-    shard_size: int
+    shard_size: int | None
+    """Rows per shard; None: precompute/plan.py decides by the number of rows."""
     ref_store: Path
     preset: str | None
     # speed: recorded, never compared
@@ -110,7 +111,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "versions": versions(),
     }
     progress = Progress(config.ref_store, identity, process, config.show)
-    costs = shard_costs(rows, config.shard_size, config.max_length)
+    costs = shard_costs(rows, identity.shard_size, identity.max_length)
     missing = claiming_order(costs, missing_shards(config.ref_store, identity), *place_among_all(process))
     claims: list[Claim] = []
     # One shard ahead is tokenized and one behind is written while this thread keeps the model busy.
@@ -160,10 +161,11 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
             chat_template=config.chat_template,
         )
         model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=where)
-        if len(rows) > MAX_SHARDS * config.shard_size:
+        shard_size = config.shard_size or default_shard_size(len(rows))
+        if len(rows) > MAX_SHARDS * shard_size:
             raise InputError(
                 "too many shards",
-                where=f"--shard-size {config.shard_size}",
+                where=f"--shard-size {shard_size}",
                 expected=f"at least {-(-len(rows) // MAX_SHARDS)} for {len(rows):,} rows",
             )
         identity = Identity(
@@ -182,7 +184,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
             max_length=config.max_length,
             truncation="keep_start",
             dtype=config.dtype,
-            shard_size=config.shard_size,
+            shard_size=shard_size,
             scorer_version=SCORER_VERSION,
         )
     _check_fits(model, len(tokenizer), config)

@@ -7,7 +7,7 @@ import pytest
 
 from launch import Process, place_among_all
 from precompute.dataset import load_rows
-from precompute.plan import BYTES_PER_TOKEN, claiming_order, row_costs, shard_costs
+from precompute.plan import BYTES_PER_TOKEN, claiming_order, default_shard_size, row_costs, shard_costs
 
 
 def turns(*contents: str | None) -> list[dict]:
@@ -33,6 +33,13 @@ def test_missing_text_and_slices_cost_nothing():
     column = pa.array([turns("a"), turns("bcd", None), [], turns("ef", "g")]).slice(1)
     table = pa.table({"chosen": column, "rejected": pa.array(["", "12", "3"])})
     assert row_costs(table, 100).tolist() == [4 + 3 + 4, 2, 4 + 2 + 4 + 1 + 1]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "shard_size"), [(1, 16), (38_400, 16), (38_401, 17), (150_000, 63), (1_000_000, 417), (10_000_000, 1024)]
+)
+def test_a_shard_is_a_2400th_of_the_rows_within_limits(num_rows, shard_size):
+    assert default_shard_size(num_rows) == shard_size
 
 
 def test_each_missing_shard_once_the_dearest_first_and_workers_begin_apart():
