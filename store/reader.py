@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,8 @@ from store.integrity import Check, advice, damage
 from store.manifest import MANIFEST, Identity, Manifest
 from store.schema import SCHEMA
 from store.seal import unsealed
+
+TOKEN_COUNTS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
 
 SHORT_COLUMNS = tuple(name for name in SCHEMA.names if not pa.types.is_list(SCHEMA.field(name).type))
 """The columns of one value per pair: everything but ids and per-token values."""
@@ -66,14 +68,9 @@ class Store:
 
     path: Path
     manifest: Manifest
-    _footers: dict[int, pq.FileMetaData] = field(default_factory=dict, repr=False, compare=False)
-    """Parquet footers read so far, by shard; a cache that every process fills for itself."""
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "manifest": self.manifest, "_footers": {}}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)  # past the frozen dataclass's guard
+        return {"path": self.path, "manifest": self.manifest}  # not what is cached: every process makes that for itself
 
     @property
     def identity(self) -> Identity:
@@ -88,14 +85,24 @@ class Store:
         """Position of each shard's first pair."""
         return list(accumulate((shard.num_pairs for shard in self.manifest.shards), initial=0))
 
+    @cached_property
+    def token_counts(self) -> pa.Table:
+        """TOKEN_COUNTS of all pairs, in the order of positions. Kept: a million pairs are 12 MB."""
+        return self.columns(TOKEN_COUNTS)
+
     def lengths(self) -> pa.Table:
         """SHORT_COLUMNS of all pairs, in the order of positions; the long columns are not touched."""
         return self.columns(SHORT_COLUMNS)
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all pairs, in the order of positions."""
+
+        def read(shard: int) -> pa.Table:
+            with self._opened(shard) as file:
+                return file.read(columns=list(names), use_threads=False)
+
         with ThreadPoolExecutor() as threads:
-            return _table(names, threads.map(lambda shard: self._read(shard, names), range(len(self.manifest.shards))))
+            return _table(names, threads.map(read, range(len(self.manifest.shards))))
 
     def read(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """The pairs at `positions` (0 … num_pairs - 1, in the order of rows), in the order asked; a position may repeat.
@@ -103,52 +110,48 @@ class Store:
         Reads only the row groups concerned. IndexError for a position outside the store.
         """
         names = list(columns) if columns is not None else SCHEMA.names
-        wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (shard, row group) -> [(row in group, place in the answer)]
+        wanted: dict[int, list[tuple[int, int]]] = {}  # shard -> [(row in shard, place in the answer)]
         for place, position in enumerate(positions):
-            shard, group, row = self._locate(int(position))
-            wanted.setdefault((shard, group), []).append((row, place))
+            shard, row = self._locate(int(position))
+            wanted.setdefault(shard, []).append((row, place))
         tables, places = [], []
-        for (shard, group), rows in sorted(wanted.items()):
-            table = self._read(shard, names, group)
-            tables.append(table.take(pa.array([row for row, _ in rows], pa.int64())))
-            places += [place for _, place in rows]
+        for shard, rows in sorted(wanted.items()):
+            tables += self._rows(shard, sorted(rows), names)
+            places += [place for _, place in sorted(rows)]
         order = sorted(range(len(places)), key=places.__getitem__)
         return _table(names, tables).take(pa.array(order, pa.int64())).combine_chunks()
 
-    def _locate(self, position: int) -> tuple[int, int, int]:
-        """(shard, row group, row inside the group) of one pair."""
+    def _locate(self, position: int) -> tuple[int, int]:
+        """(shard, row inside the shard) of one pair."""
         if not 0 <= position < self.num_pairs:
             raise IndexError(f"{self.path}: no pair {position}; there are {self.num_pairs}")
         shard = bisect_right(self._starts, position) - 1
-        row = position - self._starts[shard]
-        footer = self._footer(shard)
-        for group in range(footer.num_row_groups):
-            if row < footer.row_group(group).num_rows:
-                return shard, group, row
-            row -= footer.row_group(group).num_rows
-        raise StoreError("fewer rows than the manifest says", where=self._path_of(shard), next=advice(self.path))
+        return shard, position - self._starts[shard]
+
+    def _rows(self, shard: int, rows: list[tuple[int, int]], names: list[str]) -> Iterator[pa.Table]:
+        """Some rows of one shard, rising, as one table per row group: only one group is decoded at a time."""
+        with self._opened(shard) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                stop = first + file.metadata.row_group(group).num_rows
+                here = [row - first for row, _ in rows if first <= row < stop]
+                if here:
+                    yield file.read_row_groups([group], columns=names, use_threads=False).take(pa.array(here, pa.int64()))
+                first = stop
+        if rows[-1][0] >= first:
+            raise StoreError("fewer rows than the manifest says", where=self._path_of(shard), next=advice(self.path))
 
     def _path_of(self, shard: int) -> Path:
         return self.path / self.manifest.shards[shard].name
 
-    def _footer(self, shard: int) -> pq.FileMetaData:
-        if shard not in self._footers:
-            with self._reading(shard) as path:
-                self._footers[shard] = pq.read_metadata(path)
-        return self._footers[shard]
-
-    def _read(self, shard: int, names: Sequence[str], group: int | None = None) -> pa.Table:
-        """Columns of one shard, or of one of its row groups. One thread and no background reads: callers may have forked."""
-        footer = self._footer(shard)
-        with self._reading(shard) as path, pq.ParquetFile(path, metadata=footer, pre_buffer=False) as file:
-            groups = range(footer.num_row_groups) if group is None else [group]
-            return file.read_row_groups(list(groups), columns=list(names), use_threads=False)
-
     @contextmanager
-    def _reading(self, shard: int) -> Iterator[Path]:
+    def _opened(self, shard: int) -> Iterator[pq.ParquetFile]:
+        """One shard's file. No thread and no background read: callers may have forked. Its footer is not kept: those of a store of
+        thousands of shards would be hundreds of MB in every process that reads."""
         path = self._path_of(shard)
         try:
-            yield path
+            with pq.ParquetFile(path, pre_buffer=False) as file:
+                yield file
         except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0][:160]
             raise StoreError("cannot be read", where=path, found=reason, next=advice(self.path)) from error

@@ -1,5 +1,6 @@
 """Frozen dataclasses to JSON and back, strictly: a missing field, an unknown one or a wrong type is an error, never a default."""
 
+import functools
 import json
 import stat
 import types
@@ -78,12 +79,18 @@ def _convert(hint: object, value: object, name: str) -> object:
     return value
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, object]:
+    """The type of each field. Kept: working them out takes longer than everything else about a record, and a store has thousands."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
 def _convert_record(cls: type, value: object, name: str) -> object:
     if not isinstance(value, dict):
         raise _Misfit(f"{name or 'the whole'} should be an object, is {json.dumps(value)[:80]}")
-    hints = typing.get_type_hints(cls)
-    names = {field.name for field in fields(cls)}
-    for problem, differing in (("missing", names - value.keys()), ("unknown", value.keys() - names)):
+    hints = _hints(cls)
+    for problem, differing in (("missing", hints.keys() - value.keys()), ("unknown", value.keys() - hints.keys())):
         if differing:
             raise _Misfit(f"{problem} {', '.join(f'{name}.{d}'.lstrip('.') for d in sorted(differing))}")
     try:

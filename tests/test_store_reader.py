@@ -38,7 +38,9 @@ def big():
     """A store of three shards (200, 200 and 100 rows), several row groups in each, and its pairs."""
     for folder in memory_folder():
         identity = make_identity(num_rows=NUM_ROWS, shard_size=200, max_length=30)
-        make_store(folder / "big", identity, unscorable=UNSCORABLE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("store.shard.ROW_GROUP_TOKENS", 0)  # as pairs of thousands of tokens have them
+            make_store(folder / "big", identity, unscorable=UNSCORABLE)
         yield folder / "big", pa.concat_tables(make_shard(identity, index, unscorable=UNSCORABLE)[1] for index in range(3))
 
 
@@ -79,6 +81,25 @@ def test_read_decodes_only_the_row_groups_concerned(big, monkeypatch):
     assert asked == [[0], [1], [1]]
 
 
+def test_row_groups_hold_64_pairs_or_so_many_tokens(tmp_path, monkeypatch):
+    """200 pairs in one shard; the limit is set to what so many average pairs have."""
+    identity = make_identity(num_rows=200, shard_size=200, max_length=64)
+    report, _ = make_shard(identity, 0)
+    tokens = (report.num_prompt_tokens + report.num_completion_tokens) / 200
+    for limit, expected in ((0, 64), (int(tokens * 64), 64), (int(tokens * 90) + 1, 90), (1 << 18, 200)):
+        monkeypatch.setattr("store.shard.ROW_GROUP_TOKENS", limit)
+        make_store(tmp_path / str(limit), identity)
+        footer = pq.read_metadata(tmp_path / str(limit) / part_name(0))
+        assert footer.row_group(0).num_rows == expected, limit
+
+
+def test_what_is_read_leaves_no_footer_behind(big):
+    opened = open_store(big[0])
+    opened.columns(["row"]), opened.read([1, 300]), opened.token_counts
+    assert set(vars(opened)) == {"path", "manifest", "_starts", "token_counts"}
+    assert set(vars(pickle.loads(pickle.dumps(opened)))) == {"path", "manifest"}
+
+
 @pytest.mark.parametrize("position", [-1, NUM_ROWS - len(UNSCORABLE)])
 def test_read_outside_the_store(big, position):
     with pytest.raises(IndexError, match="there are 495"):
@@ -105,7 +126,7 @@ def exit_with(opened, seed: int) -> None:
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_other_processes_may_read(big, start):
     opened = open_store(big[0])
-    assert read_some(opened, 0)  # footers are cached and threads started: both cross the fork
+    assert read_some(opened, 0) and opened.token_counts  # what is cached and the threads started: both cross the fork
     processes = multiprocessing.get_context(start)
     workers = [processes.Process(target=exit_with, args=(opened, seed)) for seed in range(3 if start == "fork" else 1)]
     for worker in workers:

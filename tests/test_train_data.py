@@ -15,7 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from store.errors import InputError
 from store.manifest import ShardFile
 from store.reader import Store, open_store
-from train.data import COLUMNS, dataset_of
+from train.data import COLUMNS, dataset_of, lengths_of
 
 MAX_LENGTH = 64
 
@@ -49,6 +49,19 @@ def test_a_shorter_max_length_cuts_and_drops(store):
         for side in ("chosen", "rejected"):
             assert row[f"{side}_ids"] == pair[f"{side}_ids"][:room]
             assert row[f"ref_{side}_logps"] == sum(pair[f"{side}_token_logps"][:room])  # exact: see store_samples
+
+
+def test_a_run_reads_the_lengths_of_all_pairs_once(store, monkeypatch):
+    asked, real = [], Store.columns
+    monkeypatch.setattr(Store, "columns", lambda self, names: asked.append(tuple(names)) or real(self, names))
+    opened, shorter = open_store(store.path), 20
+    lengths = lengths_of(dataset_of(opened, shorter), opened, shorter)
+    assert asked == [("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")]
+    kept = [pair for pair in store.read(range(30)).to_pylist() if pair["num_prompt_tokens"] < shorter]
+    assert lengths.prompt.tolist() == [pair["num_prompt_tokens"] for pair in kept]
+    assert lengths.longer.tolist() == [
+        min(shorter, pair["num_prompt_tokens"] + max(pair["num_chosen_tokens"], pair["num_rejected_tokens"])) for pair in kept
+    ]
 
 
 def test_ld_alpha_weighs_the_tail(store):

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from store.derive import derive, fits
 from store.errors import InputError
-from store.reader import Store
+from store.reader import TOKEN_COUNTS, Store
 from store.schema import SUMS_ONLY
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
@@ -66,9 +66,7 @@ class Lengths:
 def lengths_of(dataset: Dataset, store: Store, max_length: int) -> Lengths:
     """Of a dataset that `dataset_of` made from `store` for `max_length`. Reads the short columns only."""
     positions = dataset.with_format("numpy")[POSITION][:]
-    columns = [f"num_{part}_tokens" for part in ("prompt", "chosen", "rejected")]
-    table = store.columns(columns)
-    prompt, chosen, rejected = (table[name].to_numpy().astype(np.int64)[positions] for name in columns)
+    prompt, chosen, rejected = (store.token_counts[name].to_numpy().astype(np.int64)[positions] for name in TOKEN_COUNTS)
     return Lengths(prompt, np.minimum(chosen, max_length - prompt), np.minimum(rejected, max_length - prompt))
 
 
@@ -95,7 +93,7 @@ def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, pos
         )
     positions = np.arange(store.num_pairs) if positions is None else np.asarray(positions, np.int64)
     if max_length < store.identity.max_length:
-        positions = positions[fits(store.columns(["num_prompt_tokens"]), max_length).to_numpy(zero_copy_only=False)[positions]]
+        positions = positions[fits(store.token_counts, max_length).to_numpy(zero_copy_only=False)[positions]]
     if not len(positions):
         raise InputError(
             "no pair is left to train on",
