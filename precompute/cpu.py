@@ -1,8 +1,8 @@
-"""A frozen float32 model on a CPU: linear layers by oneDNN, and gated MLPs a few hundred tokens at a time.
+"""A float32 model on a CPU: linear layers by oneDNN, and when scoring, gated MLPs a few hundred tokens at a time.
 
 PyTorch computes float32 products on x86 with MKL. On the AMD cores measured (docs/benchmarks.md) oneDNN, which PyTorch ships as well, is 1.2
 to 1.5 times as fast at the shapes of a language model. An MLP's wide intermediate values, taken for all tokens of a packed row, leave the cache
-between its products; in tiles they stay. Together 1.2 times the whole forward. Same products, rounded elsewhere in the last bits; no gradients.
+between its products; in tiles they stay. Together 1.2 times the whole forward. Same products, rounded elsewhere in the last bits.
 """
 
 from contextlib import contextmanager
@@ -16,42 +16,66 @@ MLP_TILE = 256
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear: x [..., in], weight [out, in], bias [out] or None -> [..., out], in their dtype. By oneDNN where no gradient is wanted."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    if on_cpu and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
-        # The operator that torch.compile emits for such a layer; PyTorch has no public name for it.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    """F.linear, differentiable: x [..., in], weight [out, in], bias [out] or None -> [..., out], in their dtype."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    # The operator that torch.compile emits for such a layer; PyTorch has no public name for it, and no gradient.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b; dx = dy W, dW = dy^T x, db = the sum of dy over tokens."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            _product(grad, weight.t()) if for_x else None,
+            _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if for_weight else None,
+            rows.sum(dim=0) if for_bias else None,
+        )
+
+
+def use_fast_linears(model: PreTrainedModel) -> list[torch.nn.Linear]:
+    """Give the linear layers of the model's body `linear` as their forward; return those that were changed, none off the CPU or in another dtype."""
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return []
+    # Not subclasses, for an adapter's forward does more; not what somebody else replaced.
+    layers = [each for each in model.base_model.modules() if type(each) is torch.nn.Linear and "forward" not in vars(each)]
+    for layer in layers:
+        layer.forward = _forward_of(layer)
+    return layers
+
+
+def _forward_of(layer: torch.nn.Linear):
+    return lambda x: linear(x, layer.weight, layer.bias)
 
 
 @contextmanager
 def fast_on_cpu(model: PreTrainedModel):
-    """Inside the block the model's linear layers and gated MLPs run as described above; a no-op off the CPU or in another dtype.
-
-    The forwards are replaced on the modules themselves and given back at the end.
-    """
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        yield
-        return
-    replaced = []
+    """For scoring: inside the block linear layers and gated MLPs run as described above. At the end the modules have their own forwards again."""
+    replaced: list[torch.nn.Module] = list(use_fast_linears(model))
     try:
-        for module in model.base_model.modules():
-            if "forward" in vars(module):  # somebody else replaced it
-                continue
-            if type(module) is torch.nn.Linear:  # not a subclass: an adapter's forward does more
-                replaced.append(module)
-                module.forward = _linear_forward(module)
-            elif all(type(getattr(module, name, None)) is torch.nn.Linear for name in ("gate_proj", "up_proj", "down_proj")):
-                replaced.append(module)
+        for module in model.base_model.modules() if replaced else ():
+            layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+            if all(type(layer) is torch.nn.Linear for layer in layers) and "forward" not in vars(module):
                 module.forward = _in_tiles(module.forward)
+                replaced.append(module)
         yield
     finally:
         for module in replaced:
             del module.forward  # the class's own shows again
-
-
-def _linear_forward(module: torch.nn.Linear):
-    return lambda x: linear(x, module.weight, module.bias)
 
 
 def _in_tiles(forward):

@@ -38,10 +38,20 @@ def test_every_linear_layer_takes_the_fast_product_and_mlps_run_in_tiles(monkeyp
     assert "aten::linear" not in calls
 
 
-def test_gradients_and_other_dtypes_keep_pytorchs_own_product():
-    x, weight, bias = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5)
-    linear(x, weight, bias).sum().backward()
-    torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 8))
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_are_those_of_pytorchs_own_product(with_bias):
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 7, 8), (5, 8), (5,)))
+    leaves = (x, weight, bias) if with_bias else (x, weight)
+    weigh = torch.randn(2, 7, 5)
+    mine, theirs = (
+        torch.autograd.grad((product(x, weight, bias if with_bias else None).sin() * weigh).sum(), leaves)
+        for product in (linear, torch.nn.functional.linear)
+    )
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_other_dtypes_keep_pytorchs_own_product():
     model = tiny.make_model("llama").to(torch.bfloat16)
     with fast_on_cpu(model):
         assert not any("forward" in vars(module) for module in model.modules())

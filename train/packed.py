@@ -14,6 +14,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
 from precompute.attention import NAME, PackedLayout, refuse_unpackable
+from precompute.cpu import use_fast_linears
 from precompute.packing import Sequence, pack
 from precompute.scoring import refuse_unusual_head
 from store.errors import InputError
@@ -44,6 +45,7 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
     """
     refuse_unpackable_policy(model)
     model.set_attn_implementation(NAME)
+    use_fast_linears(model)
     padded_forward = model.forward
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, **kwargs):
