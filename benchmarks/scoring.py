@@ -1,12 +1,19 @@
 """Phase 1 against TRL's own precompute pass and against the bare matrix products, in one run on the same rows.
 
-    python benchmarks/scoring.py --model DIR --dataset FILE --rows 64 --max-length 2048 --trl-batch-sizes 8,1,2,4
+    python benchmarks/scoring.py --model DIR --dataset FILE --rows 16 --max-length 2048
+
+The rows are the stretch of the file, in its order, that stands best for the whole: of all stretches of so many rows the one whose tokens per
+pair, as each contender computes them, are nearest to the set's. The set's own counts are printed beside the stretch's.
 
 Each contender goes from raw rows to readable log-probs, the model's loading included: TRL by constructing DPOTrainer with
-precompute_ref_log_probs=True, ours by one worker that seals a store. The bare products are the linear layers of the tokens that ours
-computed, in the same batches, with the model's own weights; the head on the completion positions; and the attention's FLOPs at the rate
-that the linear layers reach. On the CPU times are the process's CPU seconds, which other load on the machine does not stretch; run it
-with OMP_NUM_THREADS=1, for idle threads count too. On a GPU they are seconds by the clock.
+precompute_ref_log_probs=True, ours by one worker that seals a store. Scoring alone, without loading, is then timed beside the bare products
+of the same tokens, batch by batch in turn, so that both see the same machine: the linear layers with the model's own weights, by PyTorch and
+by the kernel that ours uses; attention's two products over what each branch sees, by flash attention's tile and the triangle at half the
+square; the head on the completion positions.
+
+On the CPU times are the process's CPU seconds, which other load on the machine does not stretch; run it with OMP_NUM_THREADS=1, for idle
+threads count too. On a GPU they are seconds by the clock, and instead of the products the model FLOPs per second are given against the rate
+of a large product in the same dtype.
 """
 
 import argparse
@@ -24,9 +31,12 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import Process
+from precompute.attention import packed_attention
+from precompute.cpu import fast_on_cpu, linear
 from precompute.model import DTYPES, load_model
-from precompute.packing import Sequence, pack
-from precompute.scoring import HEAD_TILE
+from precompute.packing import PackedBatch, Sequence, pack, plan
+from precompute.pairs import Pair, tokenize_rows
+from precompute.scoring import HEAD_TILE, score_packed
 from precompute.worker import PrecomputeConfig, run
 from store.reader import Store, open_store
 
@@ -83,22 +93,59 @@ def time_ours(args, source: Path, folder: Path) -> tuple[float, Store]:
     return now() - started, store
 
 
+# --- the stretch of rows that stands for the set ----------------------------------------------------------------------------------------
+
+
+def costs(pairs: list[Pair], args) -> dict[str, float]:
+    """What a set of pairs costs each contender, per pair: positions computed, positions scored, and attention's squares."""
+    lengths = [max(len(sequence.ids) for sequence in pair.sequences) for pair in pairs]
+    sequences = [sequence for pair in pairs for sequence in pair.sequences]
+    found = {
+        "useful": sum(len(sequence.ids) for sequence in sequences),
+        "squares": sum(len(sequence.ids) ** 2 for sequence in sequences),
+        "scored": sum(sequence.num_scored for sequence in sequences),
+        "ours": 0,
+    }
+    for size in args.trl_batch_sizes:
+        batches = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+        found[f"trl {size}"] = sum(2 * len(batch) * max(batch) for batch in batches)
+    for first in range(0, len(pairs), args.shard_size):
+        ids = [sequence.ids for pair in pairs[first : first + args.shard_size] for sequence in pair.sequences]
+        for batch in plan(ids, args.tokens_per_batch):
+            found["ours"] += sum(len(ids[index]) - 1 - shared for index, shared in batch)
+    return {name: value / len(pairs) for name, value in found.items()}
+
+
+def choose(rows: datasets.Dataset, args) -> tuple[range, dict, dict]:
+    """The stretch of args.rows rows that stands best for all rows; its costs and the set's."""
+    pairs = tokenize_rows(AutoTokenizer.from_pretrained(args.model), rows.to_list(), 0, args.max_length).pairs
+    whole = costs(pairs, args)
+    if args.rows >= len(rows):
+        return range(len(rows)), whole, whole
+    by_row = {pair.row: pair for pair in pairs}
+    best = (float("inf"), None, None)
+    for first in range(len(rows) - args.rows + 1):
+        stretch = [by_row[row] for row in range(first, first + args.rows) if row in by_row]
+        if len(stretch) < args.rows:
+            continue
+        found = costs(stretch, args)
+        distance = sum(np.log(found[name] / whole[name]) ** 2 for name in whole)
+        best = min(best, (distance, first, found), key=lambda each: each[0])
+    _, first, found = best
+    return range(first, first + args.rows), found, whole
+
+
+# --- the limit --------------------------------------------------------------------------------------------------------------------------
+
+
 @torch.inference_mode()
-def time_products(args, store: Store) -> tuple[float, dict[str, int]]:
-    """Seconds of the bare matrix products of what ours computed, and counts of tokens."""
+def time_scoring_and_products(args, store: Store) -> dict[str, float]:
+    """Seconds of scoring the store's pairs again, of its bare products by PyTorch and by our kernel, and FLOPs; batch by batch in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, revision=None, dtype=args.dtype, device=device)
-    config = model.config.get_text_config()
-    heads, head_dim = (
-        config.num_attention_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
     head = model.get_output_embeddings().weight
-    linear = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
-    widest = max(module.in_features for module in linear)
-    num_rows, num_entries = HEAD_TILE[device.type]
-    seconds = attention_flops = linear_flops = 0.0
-    counts = {"model": 0, "scored": 0, "useful": 0}
+    layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    found = dict.fromkeys(("scoring", "products", "our_products", "attention", "flops", "tokens"), 0.0)
     for first in range(0, store.num_pairs, args.shard_size):
         pairs = store.read(range(first, min(first + args.shard_size, store.num_pairs))).to_pylist()
         sequences = [
@@ -106,29 +153,80 @@ def time_products(args, store: Store) -> tuple[float, dict[str, int]]:
             for pair in pairs
             for side in ("chosen_ids", "rejected_ids")
         ]
-        counts["useful"] += sum(len(sequence.ids) for sequence in sequences)
-        for batch in pack(sequences, args.tokens_per_batch):
-            tokens = len(batch.input_ids)
-            x = torch.randn(tokens, widest, device=device, dtype=head.dtype)
-            hidden = torch.randn(len(batch.targets), head.shape[1], device=device, dtype=head.dtype)
-            inputs = {width: x[:, :width].contiguous() for width in {module.in_features for module in linear}}
-            _synchronize(device)
-            started = now()
-            for module in linear:
-                F.linear(inputs[module.in_features], module.weight)
-            for start in range(0, len(hidden), num_rows):
-                for first in range(0, len(head), num_entries):
-                    F.linear(hidden[start : start + num_rows], head[first : first + num_entries])
-            _synchronize(device)
-            seconds += now() - started
-            linear_flops += sum(2 * tokens * module.weight.numel() for module in linear) + 2 * len(hidden) * head.numel()
-            for branch in batch.branches:
-                own = branch.stop - branch.start
-                visible = own * branch.num_context + own * (own + 1) / 2
-                attention_flops += 4 * visible * heads * head_dim * config.num_hidden_layers
-            counts["model"] += tokens
-            counts["scored"] += len(batch.targets)
-    return seconds * (1 + attention_flops / linear_flops), counts
+        with packed_attention(model), fast_on_cpu(model):
+            for batch in pack(sequences, args.tokens_per_batch):
+                found["scoring"] += _timed(device, lambda batch=batch: score_packed(model, batch).cpu())
+                found["flops"] += _flops(model.config.get_text_config(), layers, head, batch)
+                found["tokens"] += len(batch.input_ids)
+                if device.type == "cpu":
+                    attention = _attention_products(model.config.get_text_config(), batch, head.dtype)
+                    found["attention"] += attention
+                    found["products"] += attention + _timed(
+                        device, lambda batch=batch: _linear_products(F.linear, layers, head, batch)
+                    )
+                    found["our_products"] += attention + _timed(
+                        device, lambda batch=batch: _linear_products(linear, layers, head, batch)
+                    )
+    return found
+
+
+def _linear_products(product, layers: list[torch.nn.Linear], head: torch.Tensor, batch: PackedBatch) -> None:
+    inputs = {width: torch.ones(len(batch.input_ids), width, dtype=head.dtype) for width in {each.in_features for each in layers}}
+    for layer in layers:
+        product(inputs[layer.in_features], layer.weight, None)
+    hidden = torch.ones(len(batch.targets), head.shape[1], dtype=head.dtype)
+    num_rows, num_entries = HEAD_TILE["cpu"]
+    for rows in hidden.split(num_rows):
+        for entries in head.split(num_entries):
+            product(rows, entries, None)
+
+
+def _attention_products(config, batch: PackedBatch, dtype: torch.dtype) -> float:
+    """Seconds of queries x keys and probabilities x values, for every layer (each timed once), query heads folded onto their key head."""
+    heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    seconds = 0.0
+    for branch in batch.branches:
+        own = branch.stop - branch.start
+        for num_keys, share in ((branch.num_context, 1.0), (own, 0.5)):
+            if num_keys:
+                query = torch.ones(groups * own, width, dtype=dtype)
+                key, value = torch.ones(width, num_keys, dtype=dtype), torch.ones(num_keys, width, dtype=dtype)
+
+                def products(query=query, key=key, value=value):
+                    for tile in query.split(256):
+                        (tile @ key) @ value
+
+                seconds += share * _timed(torch.device("cpu"), products) * config.num_key_value_heads * config.num_hidden_layers
+    return seconds
+
+
+def _flops(config, layers: list[torch.nn.Linear], head: torch.Tensor, batch: PackedBatch) -> float:
+    """2 per multiply-add: linear layers on every computed token, head on scored ones, attention's two products on visible keys."""
+    flops = 2.0 * len(batch.input_ids) * sum(layer.weight.numel() for layer in layers) + 2.0 * len(batch.targets) * head.numel()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    for kind in kinds:
+        window = config.sliding_window if kind == "sliding_attention" else float("inf")
+        for branch in batch.branches:
+            seen = np.minimum(np.arange(branch.num_context + 1, branch.num_context + branch.stop - branch.start + 1), window)
+            flops += 4.0 * float(seen.sum()) * config.num_attention_heads * width
+    return flops
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured FLOP/s of an 8192 x 8192 x 8192 product."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
+    seconds = [_timed(device, lambda: a @ b) for _ in range(20)]
+    return 2 * 8192**3 / min(seconds)
+
+
+def _timed(device: torch.device, work) -> float:
+    _synchronize(device)
+    started = now()
+    work()
+    _synchronize(device)
+    return now() - started
 
 
 def _synchronize(device: torch.device) -> None:
@@ -140,11 +238,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", type=Path, required=True, help="Parquet file of preference rows")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="of the random choice of rows")
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--trl-batch-sizes", default="8,1,2,4")
+    parser.add_argument("--trl-batch-sizes", type=lambda text: [int(size) for size in text.split(",")], default=[8, 1, 2, 4, 16])
     parser.add_argument("--tokens-per-batch", type=int, default=16384)
     parser.add_argument("--shard-size", type=int, default=256)
     args = parser.parse_args()
@@ -155,7 +252,13 @@ def main() -> None:
         datasets.config.HF_DATASETS_CACHE = folder / "cache"  # nothing of an earlier run is reused
         rows = datasets.load_dataset("parquet", data_files=str(args.dataset), split="train", cache_dir=str(folder / "cache"))
         columns = [name for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs") if name in rows.column_names]
-        rows = rows.select_columns(columns).shuffle(seed=args.seed).select(range(min(args.rows, len(rows)))).flatten_indices()
+        rows = rows.select_columns(columns)
+        stretch, found, whole = choose(rows, args)
+        rows = rows.select(stretch).flatten_indices()
+        print(f"{args.dataset.parent.name}: rows {stretch.start} to {stretch.stop - 1}, max length {args.max_length}, {args.dtype}")
+        print("tokens per pair        " + "".join(f"{name:>9}" for name in found if name != "squares"))
+        for title, counts in (("these rows", found), ("the whole set", whole)):
+            print(f"  {title:21}" + "".join(f"{value:9.0f}" for name, value in counts.items() if name != "squares"), flush=True)
         if isinstance(rows[0].get("prompt"), str) and isinstance(rows[0]["chosen"], list):
             trl_rows = rows.remove_columns("prompt")  # Dolci-Think's schema, on which TRL 1.16 fails
         else:
@@ -164,24 +267,29 @@ def main() -> None:
         rows.to_parquet(source)
 
         ours, store = time_ours(args, source, folder / "store")
-        products, counts = time_products(args, store)
         sums = store.lengths()
         sums = np.stack([sums["ref_chosen_logps"].to_numpy(), sums["ref_rejected_logps"].to_numpy()], axis=1)
-        print(
-            f"{args.dataset.parent.name}: {len(rows)} rows, {store.num_pairs} pairs, {counts['useful']:,} tokens with prompts twice"
-        )
-        print(
-            f"ours                    {ours:8.1f} s   {counts['model']:,} model tokens ({counts['model'] / counts['useful']:.2f} of the above)"
-        )
-        print(f"bare matrix products    {products:8.1f} s   {products / ours:.2f} of ours")
+        print(f"ours, whole command     {ours:8.1f} s", flush=True)
+        limit = time_scoring_and_products(args, store)
+        print(f"  scoring alone         {limit['scoring']:8.1f} s   {limit['tokens'] / limit['scoring']:.0f} tokens/s")
+        if torch.cuda.is_available():
+            rate, peak = limit["flops"] / limit["scoring"], peak_rate(torch.device("cuda"), DTYPES[args.dtype])
+            print(f"  model FLOPs           {rate / 1e12:8.1f} TFLOP/s, {rate / peak:.2f} of a large product's {peak / 1e12:.1f}")
+        else:
+            for name, title in (("products", "bare products, PyTorch"), ("our_products", "bare products, oneDNN")):
+                print(
+                    f"  {title:22}{limit[name]:8.1f} s   {limit[name] / limit['scoring']:.2f} of scoring (attention's {limit['attention']:.1f} s)"
+                )
         times = {}
-        for batch_size in [int(size) for size in args.trl_batch_sizes.split(",")]:
+        for batch_size in args.trl_batch_sizes:
             # A copy in its own file each time: TRL caches by content.
             fresh = datasets.Dataset.from_list(trl_rows.to_list(), features=trl_rows.features)
             times[batch_size], theirs = time_trl(args, fresh, batch_size, folder / f"trl{batch_size}")
             difference = np.abs(theirs - sums).max() if len(theirs) == len(sums) else float("nan")
             print(
-                f"TRL, batch size {batch_size:2d}      {times[batch_size]:8.1f} s   {times[batch_size] / ours:.2f} x ours; sums agree to {difference:.1e} nats"
+                f"TRL, batch size {batch_size:2d}      {times[batch_size]:8.1f} s   {times[batch_size] / ours:.2f} x ours;"
+                f" sums agree to {difference:.1e} nats",
+                flush=True,
             )
         best = min(times, key=times.get)
         print(f"against TRL's best ({best}): {times[best] / ours:.2f} x")
