@@ -1,18 +1,26 @@
 """Phase 2 against stock TRL, in one run on the same rows: with its online reference, with its own precompute pass, and from a store.
 
-    python benchmarks/training.py --model DIR --dataset FILE --rows 64 --max-length 2048 --micro-batches 1,2,4,8 --steps 2
-    python benchmarks/training.py --shape 7B --dtype bfloat16 --rows 512 --max-length 8192 --dataset FILE --tokenizer DIR
+    python benchmarks/training.py --model DIR --dataset FILE --max-length 2048 --effective-batch-size 8 --steps 1 --json RESULT
+    python benchmarks/training.py --shape 7B --dtype bfloat16 --max-length 8192 --effective-batch-size 64 --steps 8 --dataset FILE --tokenizer DIR
 
-One process per GPU, or one on the CPU. Every contender trains the same global batches under DeepSpeed ZeRO-2, with each micro-batch in turn,
-in processes of its own: its memory is its own. Seconds per optimizer step leave the first step out, in which kernels are chosen and memory is
-first allocated. For stock with precompute the pass over the rows is timed too (loading included) and shared out over the steps of one epoch;
-for ours likewise phase 1. Ratios are what counts.
+1. sample   random rows whose tokens per pair, padding at each micro-batch included, are nearest to the set's: few rows must stand for many
+2. phase 1  the store that ours trains from, its scoring timed
+3. train    each contender with each micro-batch, in processes of its own, for its memory is its own; all under DeepSpeed ZeRO-2
+4. compare  each at its best
+
+Every contender trains the same pairs in the same global batches, which is checked, not assumed. The first step, on the set's shortest rows,
+is left out: kernels are chosen in it. On the CPU times are CPU seconds of all processes together, which other load on the machine does not
+stretch; run it with OMP_NUM_THREADS=1, for idle threads count too. On GPUs they are seconds by the clock. Passes over the reference
+(stock's, and our phase 1) are the scoring alone, without tokenizing and loading, on both sides.
+
+With --json a run that was cut short goes on where it was: what the file has is not measured again.
 
 `--shape` makes a random model of OLMo 3's shape (1B: a smaller one of the same kind) instead of `--model`; its numbers mean nothing, its
 FLOPs do. MFU counts what the pairs need (train/flops.py), for all contenders alike, over the GPUs' dense peak.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -42,6 +50,15 @@ SHAPES = {
 }
 """Olmo3Config; 7B is allenai/Olmo-3-7B's. Every fourth layer sees all tokens."""
 
+POOL = 2000
+"""Rows of which the sample is chosen, at most."""
+
+MICRO_BATCHES = (1, 2, 4, 8)
+"""At which the sample's padding is that of the set, whichever of them are measured: the sample is the same each time."""
+
+FREE = ("json", "only", "work", "contenders", "micro_batches")
+"""Options that do not change what is measured, only how much of it."""
+
 CONTENDERS = ("online", "precompute", "packed", "padded")
 """Stock TRL with a reference beside the policy; stock with its own pass; from a store, packed; from a store, padded."""
 
@@ -52,33 +69,45 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), help="a random model of OLMo 3's kind instead")
     parser.add_argument("--tokenizer", help="folder or hub id; needed with --shape")
     parser.add_argument("--dataset", type=Path, required=True, help="Parquet file of preference rows")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="of the random choice of rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of rows and of their order")
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--loss-type", default="sigmoid_norm")
     parser.add_argument("--effective-batch-size", type=int, default=16)
     parser.add_argument("--micro-batches", default="1,2,4,8")
     parser.add_argument("--contenders", default="online,precompute,packed", help=f"of {', '.join(CONTENDERS)}")
-    parser.add_argument("--steps", type=int, default=2, help="timed, after the first")
+    parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps, after the first")
     parser.add_argument("--no-gradient-checkpointing", action="store_true")
     parser.add_argument("--torch-compile", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--json", type=Path, help="keep the results here, and go on from what it has")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # CONTENDER:MICRO_BATCH, the run of one process
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def now() -> float:
+    """Seconds; only differences mean something."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 # --- one contender, in each rank of a torchrun of its own -------------------------------------------------------------------------------
 
 
 def run_one(args) -> None:
+    import datasets
+    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     from launch import Process, launched
     from store.reader import open_store
+    from train.balance import shuffled
     from train.config import ZERO2
     from train.data import dataset_of, lengths_of
     from train.flops import PairFlops
@@ -89,24 +118,46 @@ def run_one(args) -> None:
     contender, micro_batch = args.only.split(":")
     process = launched() or Process(0, 1, 0)
     join(process)
+    datasets.disable_progress_bars()
 
     class StepTimes(TrainerCallback):
-        """Wall-clock times at which steps end."""
+        """When steps end."""
 
         def __init__(self):
             self.ends = []
 
         def on_step_end(self, *_, **__):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            self.ends.append(now())
 
-    class Counted(DPOTrainer):
-        """Stock, with its batches counted as ours are."""
+    class Watched:
+        """Which pairs reach each step's loss, and how many tokens those of the timed steps have; alike for all contenders."""
 
         def _compute_loss(self, model, inputs, return_outputs):
-            self.speed.count(inputs["attention_mask"], inputs["completion_mask"])
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
+            rows = [row[:length] for row, length in zip(inputs["input_ids"].cpu().numpy(), lengths, strict=True)]
+            half = len(rows) // 2
+            names = [hashlib.sha256(rows[i].tobytes() + b"|" + rows[half + i].tobytes()).hexdigest()[:16] for i in range(half)]
+            self.seen.setdefault(self.state.global_step, []).extend(names)
+            if self.state.global_step:
+                self.counts.count(inputs["attention_mask"], inputs["completion_mask"])
             return super()._compute_loss(model, inputs, return_outputs)
+
+    class Stock(Watched, DPOTrainer):
+        """TRL's trainer; its own pass over the reference is timed."""
+
+        pass_seconds = 0.0
+
+        def _precompute_ref_logps(self, dataset, name, batch_size):
+            order = shuffled(len(dataset), args.seed, epoch=0)
+            parts = []
+            for rows in (order[: args.effective_batch_size], order[args.effective_batch_size :]):  # the warm-up's, then the timed
+                started = now()
+                parts.append(super()._precompute_ref_logps(dataset.select(rows), name, batch_size))
+                self.pass_seconds = now() - started
+            return datasets.concatenate_datasets(parts).select(np.argsort(order))
+
+    class Ours(Watched, StoreDPOTrainer):
+        pass
 
     settings = DPOConfig(
         output_dir=str(args.work / "unused"),
@@ -137,72 +188,110 @@ def run_one(args) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, **load).to(settings.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     times = StepTimes()
-    started = time.perf_counter()
     if contender in ("online", "precompute"):
-        import datasets
-
-        datasets.disable_progress_bars()
         rows = datasets.load_dataset(
             "parquet", data_files=str(args.work / "trl.parquet"), split="train", cache_dir=str(args.work / args.only)
         )
         reference = AutoModelForCausalLM.from_pretrained(args.model, **load).to(settings.device) if contender == "online" else None
-        trainer = Counted(
+        trainer = Stock(
             model=model, ref_model=reference, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[times]
         )
-        trainer.speed = Speed(PairFlops.of(model), settings.device, model.dtype)
     else:
         store = open_store(args.work / "store")
         pairs = dataset_of(store, args.max_length)
         lengths = lengths_of(pairs, store, args.max_length) if contender == "packed" else None
-        trainer = StoreDPOTrainer(
+        trainer = Ours(
             model=model, args=settings, train_dataset=pairs, processing_class=tokenizer, callbacks=[times], lengths=lengths
         )
-    prepared = time.perf_counter() - started
+    trainer.seen, trainer.counts = {}, Speed(PairFlops.of(model), settings.device, model.dtype)
     trainer.train()
-    counted = trainer.speed.recent if contender in ("online", "precompute") else trainer.speed.all
-    counted = counted if counted.pairs else trainer.speed.recent
-    mine = torch.tensor([counted.flops, counted.pairs], dtype=torch.float64, device=settings.device)
+
+    mine = {
+        "seconds": times.ends[-1] - times.ends[0],
+        "pass_seconds": getattr(trainer, "pass_seconds", 0.0),
+        "seen": trainer.seen,
+        **{name: getattr(trainer.counts.recent, name) for name in ("flops", "pairs", "tokens", "packed_tokens", "padded_tokens")},
+    }
+    everyones = [mine]
     if process.world > 1:
-        torch.distributed.all_reduce(mine)
-    flops, pairs_seen = mine.tolist()
-    seconds = (times.ends[-1] - times.ends[0]) / args.steps
+        everyones = [None] * process.world
+        torch.distributed.all_gather_object(everyones, mine)
     memory = peak_memory(settings.device)
-    if process.rank == 0:
-        result = {
-            "seconds_per_step": seconds,
-            "prepared": prepared,
-            "memory": memory,
-            "num_pairs": len(trainer.train_dataset),
-            "flops_per_pair": flops / pairs_seen,
-            "peak": trainer.speed.peak,
-            "world": process.world,
-        }
-        (args.work / "result.json").write_text(json.dumps(result))
+    if process.rank:
+        return
+    together = max if torch.cuda.is_available() else sum  # by the clock | CPU seconds
+    result = {name: together(each[name] for each in everyones) for name in ("seconds", "pass_seconds")}
+    result |= {name: sum(each[name] for each in everyones) for name in mine if name not in ("seen", *result)}
+    result["seen"] = [sorted(name for each in everyones for name in each["seen"][step]) for step in range(args.steps + 1)]
+    result |= {"memory": memory, "peak": trainer.counts.peak, "world": process.world}
+    (args.work / "result.json").write_text(json.dumps(result))
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------------------------
 
 
-def prepare(args) -> float:
-    """Rows, model and store in `args.work`; seconds of phase 1."""
+def tokens_per_pair(lengths, micro_batches: list[int]):
+    """lengths int [pairs, 3]: prompt, chosen, rejected. Tokens per pair: packed, then padded at each micro-batch, in the order given."""
+    import numpy as np
+
+    longer = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    padded = [
+        2 * sum(len(part) * part.max() for part in np.split(longer, range(size, len(longer), size))) for size in micro_batches
+    ]
+    return np.array([lengths.sum(), *padded]) / len(lengths)
+
+
+def choose(lengths, num_rows: int, micro_batches: list[int], seed: int):
+    """Of 2,000 random choices of rows, in order, the one whose `tokens_per_pair` are nearest to the whole set's; and both of these."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    whole = np.mean([tokens_per_pair(rng.permutation(lengths), micro_batches) for _ in range(20)], axis=0)
+    draws = [rng.choice(len(lengths), num_rows, replace=False) for _ in range(2000)]
+    seen = [tokens_per_pair(lengths[draw], micro_batches) for draw in draws]
+    best = int(np.argmin([np.abs(np.log(each / whole)).max() for each in seen]))
+    return draws[best], seen[best], whole
+
+
+def prepare(args, micro_batches: list[int]) -> dict:
+    """Rows, model and store in `args.work`; what is known of the sample, and seconds that phase 1 scored."""
     import datasets
+    import numpy as np
     import torch
     from transformers import AutoTokenizer, Olmo3Config, Olmo3ForCausalLM
 
     from launch import Process
+    from precompute import worker
+    from precompute.pairs import tokenize_rows
     from precompute.worker import PrecomputeConfig, run
+    from store.reader import open_store
+    from train.balance import shuffled
 
     datasets.disable_progress_bars()
     rows = datasets.load_dataset("parquet", data_files=str(args.dataset), split="train", cache_dir=str(args.work / "cache"))
     columns = [name for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs") if name in rows.column_names]
-    rows = rows.select_columns(columns).shuffle(seed=args.seed).select(range(min(args.rows, len(rows)))).flatten_indices()
+    rows = rows.select_columns(columns).shuffle(seed=args.seed).select(range(min(POOL, len(rows)))).flatten_indices()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    pairs = tokenize_rows(tokenizer, rows.to_list(), 0, args.max_length).pairs
+    lengths = np.array([[len(each.prompt_ids), len(each.chosen_ids), len(each.rejected_ids)] for each in pairs])
+    num_rows = args.steps * args.effective_batch_size
+    if len(pairs) < num_rows + args.effective_batch_size:
+        raise SystemExit(
+            f"{args.dataset}: {len(pairs)} pairs fit into --max-length {args.max_length}; --steps {args.steps} need"
+            f" {num_rows}, and {args.effective_batch_size} more to warm up. Lower --steps or --effective-batch-size."
+        )
+    by_length = np.argsort(lengths.sum(axis=1), kind="stable")
+    timed, of_sample, of_set = choose(lengths, num_rows, micro_batches, args.seed)
+    warm_up = [index for index in by_length if index not in set(timed)][: args.effective_batch_size]
+    in_order = [pairs[index].row for index in (*warm_up, *timed)]
+    # Row k of the shuffle must be row k of this order.
+    rows = rows.select(np.array(in_order)[np.argsort(shuffled(len(in_order), args.seed, epoch=0))]).flatten_indices()
     rows.to_parquet(args.work / "rows.parquet")
     both = isinstance(rows[0].get("prompt"), str) and isinstance(rows[0]["chosen"], list)
     (rows.remove_columns("prompt") if both else rows).to_parquet(
         args.work / "trl.parquet"
     )  # on Dolci-Think's schema TRL 1.16 fails
     if args.shape:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         vocabulary = -(-len(tokenizer) // 128) * 128
         config = Olmo3Config(
             vocab_size=vocabulary,
@@ -222,7 +311,7 @@ def prepare(args) -> float:
         dataset=str(args.work / "rows.parquet"),
         split="train",
         dataset_revision=None,
-        limit=args.rows,
+        limit=None,
         model=args.model,
         revision=None,
         tokenizer=args.tokenizer or args.model,
@@ -234,9 +323,23 @@ def prepare(args) -> float:
         preset=None,
         tokens_per_batch=16384,
     )
-    started = time.perf_counter()
+    score_batches, seconds = worker.score_batches, 0.0
+
+    def timed_batches(*args, **kwargs):
+        nonlocal seconds
+        started = now()
+        for batch in score_batches(*args, **kwargs):
+            seconds += now() - started
+            yield batch
+            started = now()
+
+    worker.score_batches = timed_batches
     run(config, Process(0, 1, 0))
-    return time.perf_counter() - started
+    worker.score_batches = score_batches
+    num_pairs = open_store(args.work / "store").num_pairs
+    if num_pairs != len(rows):
+        raise SystemExit(f"{args.dataset}: phase 1 scored {num_pairs} of {len(rows)} chosen rows; all are needed")
+    return {"phase1": seconds, "pairs": len(pairs), "sample": of_sample.tolist(), "set": of_set.tolist()}
 
 
 def measure(args, contender: str, micro_batch: int, world: int) -> dict | None:
@@ -268,60 +371,103 @@ def main() -> None:
     import torch
 
     world = torch.cuda.device_count() or 1
-    table = {}
+    options = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    state = {"options": options, "runs": {}}
+    if args.json and args.json.exists():
+        state = json.loads(args.json.read_text())
+        if state["options"] != options:
+            raise SystemExit(f"{args.json} is of other options: {state['options']}. Give those, or another --json.")
+    micro_batches = [int(each) for each in args.micro_batches.split(",")]
+    refused = [each for each in micro_batches if args.effective_batch_size % (each * world)]
+    if refused:
+        raise SystemExit(
+            f"--micro-batches {refused}: --effective-batch-size {args.effective_batch_size} does not divide over {world} process(es)"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         args.work = Path(temporary)
-        phase1 = prepare(args)
-        micro_batches = [
-            int(each) for each in args.micro_batches.split(",") if args.effective_batch_size % (int(each) * world) == 0
-        ]
+        state |= prepare(args, MICRO_BATCHES)
         print(
-            f"{args.dataset.parent.name}: {args.rows} rows, max length {args.max_length}, {args.dtype}, {world} process(es),",
-            end=" ",
+            f"{args.dataset.parent.name}: {args.steps} step(s) of {args.effective_batch_size} pairs of {state['pairs']:,},", end=" "
         )
-        print(f"{args.effective_batch_size} pairs per step; phase 1 took {phase1:.1f} s", flush=True)
-        print(f"{'contender':12}{'micro-batch':>12}{'s/step':>10}{'+ pass':>10}{'pairs/s':>10}{'MFU':>8}{'GiB':>8}")
-        for contender in args.contenders.split(","):
-            for micro_batch in micro_batches:
-                result = measure(args, contender, micro_batch, world)
-                if result is None:
-                    continue
-                # An epoch's share of the pass that scored the reference. TRL tokenizes inside it; so does phase 1.
-                steps = result["num_pairs"] / args.effective_batch_size
-                one_pass = {"online": 0.0, "precompute": result["prepared"]}.get(contender, phase1) / steps
-                rate = args.effective_batch_size / result["seconds_per_step"]
-                mfu = rate * result["flops_per_pair"] / (result["peak"] * result["world"]) if result["peak"] else None
-                table[f"{contender}:{micro_batch}"] = result | {"pass_per_step": one_pass, "pairs_per_second": rate, "mfu": mfu}
-                print(f"{contender:12}{micro_batch:12}{result['seconds_per_step']:10.2f}", end="")
-                print(f"{result['seconds_per_step'] + one_pass:10.2f}{rate:10.3f}", end="")
-                print(f"{'—' if mfu is None else f'{mfu:.1%}':>8}{result['memory'] / 2**30:8.2f}", flush=True)
-    ratios(table)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"options": {k: str(v) for k, v in vars(args).items()}, "phase1": phase1, "runs": table}, indent=1)
+        print(f"max length {args.max_length}, {args.dtype}, {world} process(es)")
+        for name in ("set", "sample"):
+            packed, *padded = state[name]
+            shares = ", ".join(f"{size}: {each / packed:.2f}" for size, each in zip(MICRO_BATCHES, padded, strict=True))
+            print(f"  {name:7} {packed:7.0f} tokens per pair with each prompt once; padded, times that, at micro-batch {shares}")
+        # Phase 1 is made anew on each start, over the warm-up's rows too.
+        state["phase1_per_pair"] = state["phase1"] / (args.steps * args.effective_batch_size) / world
+        print(f"phase 1 scored in {state['phase1_per_pair']:.2f} s per pair", flush=True)
+        print(
+            f"{'contender':11}{'micro-batch':>12}{'s/pair':>9}{'+ pass':>9}{'computed':>10}{'padding':>9}{'2nd prompt':>11}", end=""
         )
+        print(f"{'MFU':>8}{'GiB':>7}")
+        for micro_batch in micro_batches:
+            for contender in args.contenders.split(","):
+                name = f"{contender}:{micro_batch}"
+                if name not in state["runs"]:
+                    result = measure(args, contender, micro_batch, world)
+                    if result is None:
+                        continue
+                    state["runs"][name] = result
+                    refuse_other_pairs(state["runs"], name)
+                    if args.json:
+                        args.json.write_text(json.dumps(state, indent=1))
+                print(line(name, state), flush=True)
+    ratios(state)
 
 
-def ratios(table: dict) -> None:
-    """Ours at its best micro-batch against each of the others at its best, and at each micro-batch."""
+def refuse_other_pairs(runs: dict[str, dict], name: str) -> None:
+    """SystemExit unless the run trained on the same pairs in each step as those before it."""
+    first = next(iter(runs))
+    for step, (expected, found) in enumerate(zip(runs[first]["seen"], runs[name]["seen"], strict=True)):
+        if expected != found:
+            raise SystemExit(
+                f"step {step}: {name} trained on other pairs than {first}: {found}, not {expected}. Nothing is compared."
+            )
 
-    def seconds(name: str, whole: bool) -> float:
-        return table[name]["seconds_per_step"] + (table[name]["pass_per_step"] if whole else 0.0)
 
-    ours = [name for name in table if name.startswith("packed:")]
-    if not ours:
-        return
+def pass_per_pair(contender: str, state: dict) -> float:
+    """Seconds that the reference costs outside training: stock's pass at its best batch size, our phase 1."""
+    if contender == "online":
+        return 0.0
+    if contender != "precompute":
+        return state["phase1_per_pair"]
+    return min(each["pass_seconds"] / each["pairs"] for name, each in state["runs"].items() if name.startswith("precompute:"))
+
+
+def line(name: str, state: dict) -> str:
+    contender, _, micro_batch = name.partition(":")
+    run = state["runs"][name]
+    one_pass = run["pass_seconds"] / run["pairs"] if contender == "precompute" else pass_per_pair(contender, state)
+    computed = run["packed_tokens"] if contender == "packed" else run["padded_tokens"]
+    padding, second = 1 - run["tokens"] / run["padded_tokens"], (run["tokens"] - run["packed_tokens"]) / run["padded_tokens"]
+    shares = ("—", "—") if contender == "packed" else (f"{padding:.0%}", f"{second:.0%}")
+    mfu = f"{run['flops'] / run['seconds'] / (run['peak'] * run['world']):.1%}" if run["peak"] else "—"
+    text = f"{contender:11}{micro_batch:>12}{run['seconds'] / run['pairs']:9.2f}{one_pass:9.2f}{computed:10,}"
+    return text + f"{shares[0]:>9}{shares[1]:>11}{mfu:>8}{run['memory'] / 2**30:7.2f}"
+
+
+def ratios(state: dict) -> None:
+    """Each of the others against ours, at their best micro-batches and at each."""
     for whole, title in ((False, "training alone"), (True, "one epoch, the pass over the reference included")):
-        best = min(ours, key=lambda name: seconds(name, whole))
-        print(f"{title}: packed is best at micro-batch {best.partition(':')[2]}")
+        seconds = {
+            (contender, int(micro_batch)): run["seconds"] / run["pairs"] + whole * pass_per_pair(contender, state)
+            for name, run in state["runs"].items()
+            for contender, _, micro_batch in [name.partition(":")]
+        }
+        ours = {size: value for (contender, size), value in seconds.items() if contender == "packed"}
+        if not ours:
+            return
+        best = min(ours, key=ours.get)
+        print(f"{title}: packed is best at micro-batch {best}, {ours[best]:.2f} s per pair")
         for other in ("online", "precompute", "padded"):
-            theirs = {name: seconds(name, whole) for name in table if name.startswith(f"{other}:")}
-            if not theirs:
-                continue
-            fastest = min(theirs, key=theirs.get)
-            text = f"  {other:11} {theirs[fastest] / seconds(best, whole):.2f} x ours at its best ({fastest.partition(':')[2]})"
-            each = ", ".join(f"{name.partition(':')[2]}: {value / seconds(best, whole):.2f} x" for name, value in theirs.items())
-            print(f"{text}; at each: {each}")
+            theirs = {size: value for (contender, size), value in seconds.items() if contender == other}
+            if theirs:
+                fastest = min(theirs, key=theirs.get)
+                each = ", ".join(f"{size}: {value / ours[size]:.2f}" for size, value in theirs.items() if size in ours)
+                print(
+                    f"  {other:11}{theirs[fastest] / ours[best]:.2f} x ours, best ({fastest}) against best; at the same micro-batch {each}"
+                )
 
 
 if __name__ == "__main__":
