@@ -411,7 +411,7 @@ def _analyze_config(dataset: str, **given):
 @click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True, help="padded: stock TRL.")
 @click.option("--attn-implementation", default="sdpa", show_default=True, help="With --layout padded; packed has its own.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="[default: on]")
-@click.option("--torch-compile", is_flag=True)
+@click.option("--torch-compile", is_flag=True, help="With --layout padded only.")
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--logging-steps", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--save-strategy", type=click.Choice(["no", "steps", "epoch"]), default="steps", show_default=True)

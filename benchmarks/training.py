@@ -368,6 +368,8 @@ def main() -> None:
         raise SystemExit("give --model or --shape")
     if args.shape and not args.tokenizer:
         raise SystemExit("--shape needs --tokenizer")
+    if args.torch_compile and "packed" in args.contenders.split(","):
+        raise SystemExit("--torch-compile: the packed layout cannot be compiled; give --contenders without it")
     import torch
 
     world = torch.cuda.device_count() or 1
@@ -385,14 +387,15 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as temporary:
         args.work = Path(temporary)
-        state |= prepare(args, MICRO_BATCHES)
+        possible = [size for size in MICRO_BATCHES if args.effective_batch_size % size == 0]
+        state |= prepare(args, possible)
         print(
             f"{args.dataset.parent.name}: {args.steps} step(s) of {args.effective_batch_size} pairs of {state['pairs']:,},", end=" "
         )
         print(f"max length {args.max_length}, {args.dtype}, {world} process(es)")
         for name in ("set", "sample"):
             packed, *padded = state[name]
-            shares = ", ".join(f"{size}: {each / packed:.2f}" for size, each in zip(MICRO_BATCHES, padded, strict=True))
+            shares = ", ".join(f"{size}: {each / packed:.2f}" for size, each in zip(possible, padded, strict=True))
             print(f"  {name:7} {packed:7.0f} tokens per pair with each prompt once; padded, times that, at micro-batch {shares}")
         # Phase 1 is made anew on each start, over the warm-up's rows too.
         state["phase1_per_pair"] = state["phase1"] / (args.steps * args.effective_batch_size) / world

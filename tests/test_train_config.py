@@ -52,6 +52,7 @@ GOOD = TrainConfig(
         ({"hub_model_id": "me/x"}, ["--push-to-hub"]),
         ({"revision": "main"}, ["--policy"]),
         ({"zero_config": Path("nowhere.json")}, ["--zero-config nowhere.json"]),
+        ({"torch_compile": True}, ["--torch-compile", "expected --layout padded", "found --layout packed"]),
     ],
 )
 def test_contradictions_are_refused_by_name(changes, words):
@@ -59,6 +60,10 @@ def test_contradictions_are_refused_by_name(changes, words):
         replace(GOOD, **changes)
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_the_padded_layout_may_be_compiled():
+    assert replace(GOOD, torch_compile=True, layout="padded").torch_compile
 
 
 def test_missing_reporter_is_refused_with_the_install_command(monkeypatch):

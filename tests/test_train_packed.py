@@ -48,18 +48,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[int, dict]:
-    """By number of processes; the second launch goes on from a checkpoint of the first."""
+def results(folder: Path) -> dict[int | str, dict]:
+    """By number of processes; the second launch goes on from a checkpoint of the first, and the third, one case, from one of the second."""
     root = Path(__file__).parent.parent
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     env.pop("RANK", None)
     results = {}
-    for world in (2, 1):
+    for world, case in ((2, []), (1, []), (2, ["resume_on_more"])):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        command += [str(root / "tests" / "packed_cases.py"), str(folder)]
+        command += [str(root / "tests" / "packed_cases.py"), str(folder), *case]
         done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        results[world] = json.loads((folder / f"results-{world}.json").read_text()) | {"output": done.stdout}
+        name = "-".join([str(world), *case])
+        results[case[0] if case else world] = json.loads((folder / f"results-{name}.json").read_text()) | {"output": done.stdout}
     return results
 
 
@@ -136,6 +137,15 @@ def test_a_run_goes_on_with_another_number_of_processes(results, folder):
     whole, one = losses_of(folder / "run"), losses_of(folder / "one")
     assert [one[step] for step in (3, 4, 5, 6)] == pytest.approx([whole[step] for step in (3, 4, 5, 6)], rel=1e-4)
     assert results[1]["run_and_resume"]["left"] == []
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_more_processes(results, folder):
+    """One process made the checkpoint, two go on: each gets its half of Adam's states."""
+    whole, two = losses_of(folder / "run"), losses_of(folder / "two")
+    assert [two[step] for step in (5, 6)] == pytest.approx([whole[step] for step in (5, 6)], rel=1e-4)
+    assert "its optimizer states are converted" in results["resume_on_more"]["output"]
+    assert results["resume_on_more"]["resume_on_more"]["left"] == []
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ class TrainConfig:
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = True
     torch_compile: bool = False
+    """In the padded layout only: torch.compile cannot trace how a micro-batch is packed, and would compile each arrangement anew."""
     dataloader_num_workers: int = 0
     zero_config: Path = ZERO2
     """DeepSpeed JSON of stage 0, 1 or 2."""
@@ -213,6 +214,14 @@ class TrainConfig:
                 "the packed layout brings its own attention",
                 where=f"--attn-implementation {self.attn_implementation}",
                 next="Leave it out, or use --layout padded.",
+            )
+        if self.layout == "packed" and self.torch_compile:
+            raise InputError(
+                "the packed layout cannot be compiled",
+                where="--torch-compile",
+                expected="--layout padded",
+                found="--layout packed: every micro-batch is arranged in another way",
+                next="Leave out --torch-compile, or use --layout padded.",
             )
         zero_stage(self.zero_config)
 
