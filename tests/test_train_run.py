@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,7 @@ from launch import Process
 from store.errors import InputError, RefdpoError, StoreError
 from train import record
 from train.config import TrainConfig
-from train.run import join, policy_of, train
+from train.run import join, policy_of, refuse_abandoned_build, train
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +192,22 @@ def test_a_resumed_run_must_be_the_one_that_was_started(tmp_path, config):
     (tmp_path / "run" / record.NAME).write_text(json.dumps({"config": {}, "store": {}}))
     with pytest.raises((InputError, StoreError)):
         record.compare_with_started(checkpoint, started(config))
+
+
+def test_an_abandoned_build_is_named_and_one_at_work_is_waited_for(tmp_path, config, monkeypatch):
+    """Without the first PyTorch waits for ever."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    refuse_abandoned_build()
+    long_ago = time.time() - 60 * 60
+    os.utime(lock.parent, (long_ago, long_ago))
+    with pytest.raises(InputError, match=f"killed while it compiled.*60 minutes.*rm {lock}"):
+        train(config)
+    lock.unlink()
+    refuse_abandoned_build()
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path, config):

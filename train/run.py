@@ -11,12 +11,15 @@ import json
 import os
 import resource
 import socket
+import time
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import PrinterCallback
 from trl import DPOConfig
 
@@ -65,6 +68,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     first = process.rank == 0
     say = print if first else _silent
     accumulation = config.accumulation_steps(process.world)
+    refuse_abandoned_build()
     checkpoint = record.checkpoint_of(config)
     if first and checkpoint is None:
         record.refuse_other_run(config.output_dir)
@@ -197,6 +201,24 @@ def agree(selection: Selection, device: torch.device) -> None:
         raise InputError(
             "the processes chose different pairs", where="--where, --order-by", next="Use SQL that gives the same answer each time."
         )
+
+
+BUILD_MINUTES = 15
+"""DeepSpeed's CPU operator is compiled in one; on a crowded machine in some."""
+
+
+def refuse_abandoned_build() -> None:
+    """InputError where a process was killed while it compiled DeepSpeed's CPU operator: PyTorch would wait for its lock for ever, in silence."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in () if torch.cuda.is_available() else root.glob("**/deepspeed_shm_comm/lock"):
+        minutes = (time.time() - lock.parent.stat().st_mtime) / 60  # files come and go there while it is compiled
+        if minutes > BUILD_MINUTES:
+            raise InputError(
+                "a process was killed while it compiled DeepSpeed's CPU operator, and its lock is left",
+                where=lock,
+                found=f"nothing was compiled there for {minutes:.0f} minutes",
+                next=f"Remove it: rm {lock}",
+            )
 
 
 def join(process: Process) -> None:
