@@ -20,6 +20,7 @@ FLOPs do. MFU counts what the pairs need (train/flops.py), for all contenders al
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -389,6 +390,8 @@ def main() -> None:
         args.work = Path(temporary)
         possible = [size for size in MICRO_BATCHES if args.effective_batch_size % size == 0]
         state |= prepare(args, possible)
+        gc.collect()
+        torch.cuda.empty_cache()  # the first GPU is the contenders' now
         print(
             f"{args.dataset.parent.name}: {args.steps} step(s) of {args.effective_batch_size} pairs of {state['pairs']:,},", end=" "
         )
