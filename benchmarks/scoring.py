@@ -1,6 +1,7 @@
 """Phase 1 against TRL's own precompute pass and against the bare matrix products, in one run on the same rows.
 
     python benchmarks/scoring.py --model DIR --dataset FILE --rows 16 --max-length 2048
+    python benchmarks/scoring.py --shape 7B --tokenizer DIR --dtype bfloat16 --dataset FILE --rows 256 --max-length 8192        on a GPU
 
 The rows are the stretch of the file, in its order, that stands best for the whole: of all stretches of so many rows the one whose tokens per
 pair, as each contender computes them, are nearest to the set's. The set's own counts are printed beside the stretch's.
@@ -28,6 +29,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from shapes import SHAPES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import Process
@@ -132,6 +134,10 @@ def choose(rows: datasets.Dataset, args) -> tuple[range, dict, dict]:
         distance = sum(np.log(found[name] / whole[name]) ** 2 for name in whole)
         best = min(best, (distance, first, found), key=lambda each: each[0])
     _, first, found = best
+    if first is None:
+        raise SystemExit(
+            f"no {args.rows} neighbouring rows have prompts shorter than --max-length {args.max_length}: raise it, or lower --rows"
+        )
     return range(first, first + args.rows), found, whole
 
 
@@ -236,7 +242,9 @@ def _synchronize(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="folder or hub id")
+    parser.add_argument("--shape", choices=list(SHAPES), help="a random model of OLMo 3's kind instead")
+    parser.add_argument("--tokenizer", help="folder or hub id; needed with --shape")
     parser.add_argument("--dataset", type=Path, required=True, help="Parquet file of preference rows")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=2048)
@@ -245,10 +253,15 @@ def main() -> None:
     parser.add_argument("--tokens-per-batch", type=int, default=16384)
     parser.add_argument("--shard-size", type=int, default=256)
     args = parser.parse_args()
+    if (args.model is None) == (args.shape is None) or (args.shape and not args.tokenizer):
+        raise SystemExit("give --model, or --shape with --tokenizer")
     datasets.disable_progress_bars()
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        if args.shape:
+            args.model = str(folder / "model")
+            make_model(args.shape, AutoTokenizer.from_pretrained(args.tokenizer), args.dtype, folder / "model")
         datasets.config.HF_DATASETS_CACHE = folder / "cache"  # nothing of an earlier run is reused
         rows = datasets.load_dataset("parquet", data_files=str(args.dataset), split="train", cache_dir=str(folder / "cache"))
         columns = [name for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs") if name in rows.column_names]

@@ -32,24 +32,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "sliding_window": 64},
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "sliding_window": 4096,
-    },
-    "7B": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "sliding_window": 4096,
-    },
-}
-"""Olmo3Config; 7B is allenai/Olmo-3-7B's. Every fourth layer sees all tokens."""
+from shapes import SHAPES, make_model
 
 POOL = 2000
 """Rows of which the sample is chosen, at most."""
@@ -258,8 +241,7 @@ def prepare(args, micro_batches: list[int]) -> dict:
     """Rows, model and store in `args.work`; what is known of the sample, and seconds that phase 1 scored."""
     import datasets
     import numpy as np
-    import torch
-    from transformers import AutoTokenizer, Olmo3Config, Olmo3ForCausalLM
+    from transformers import AutoTokenizer
 
     from launch import Process
     from precompute import worker
@@ -293,20 +275,7 @@ def prepare(args, micro_batches: list[int]) -> dict:
         args.work / "trl.parquet"
     )  # on Dolci-Think's schema TRL 1.16 fails
     if args.shape:
-        vocabulary = -(-len(tokenizer) // 128) * 128
-        config = Olmo3Config(
-            vocab_size=vocabulary,
-            max_position_embeddings=65536,
-            tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            **SHAPES[args.shape],
-        )
-        torch.manual_seed(0)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            Olmo3ForCausalLM(config).to(getattr(torch, args.dtype)).save_pretrained(args.work / "model")
-        tokenizer.save_pretrained(args.work / "model")
+        make_model(args.shape, tokenizer, args.dtype, args.work / "model")
         args.model = args.tokenizer = str(args.work / "model")
     config = PrecomputeConfig(
         dataset=str(args.work / "rows.parquet"),
