@@ -88,7 +88,7 @@ class Store:
     @cached_property
     def token_counts(self) -> pa.Table:
         """TOKEN_COUNTS of all pairs, in the order of positions. Kept: a million pairs are 12 MB."""
-        return self.columns(TOKEN_COUNTS)
+        return self.columns(TOKEN_COUNTS).combine_chunks()
 
     def lengths(self) -> pa.Table:
         """SHORT_COLUMNS of all pairs, in the order of positions; the long columns are not touched."""
@@ -99,7 +99,7 @@ class Store:
 
         def read(shard: int) -> pa.Table:
             with self._opened(shard) as file:
-                return file.read(columns=list(names), use_threads=False)
+                return file.read(columns=list(names), use_threads=False).combine_chunks()  # else a chunk per row group
 
         with ThreadPoolExecutor() as threads:
             return _table(names, threads.map(read, range(len(self.manifest.shards))))

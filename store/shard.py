@@ -115,8 +115,9 @@ def read_footer(path: Path) -> tuple[Identity, ShardReport]:
     try:
         if path.exists() and not path.is_file():
             raise StoreError("not a file", where=path, next="Move it elsewhere.")  # a pipe would be read for ever
-        footer = pq.read_metadata(path)
-        schema = footer.schema.to_arrow_schema()
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            # Not `footer.schema`: it and the footer hold each other, and 100 kB stay until the garbage collector comes round to them.
+            footer, schema = file.metadata, file.schema_arrow
     except (OSError, ValueError, pa.ArrowException) as error:  # a footer cut to pieces is also a UnicodeDecodeError
         if isinstance(error, FileNotFoundError):
             raise StoreError("shard is missing", where=path) from error

@@ -1,6 +1,7 @@
 """Publishing and sealing: nothing wrong is written, nothing half-written is visible, whatever kills the writer."""
 
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -47,6 +48,22 @@ def leftovers(path: Path) -> list[str]:
 
 
 # --- one shard
+
+
+def test_footers_that_were_read_do_not_stay_in_memory(tmp_path):
+    """pyarrow's footer and its `schema` hold each other: a store of thousands of shards would keep hundreds of MB until the collector runs."""
+    identity = make_identity()
+    prepare_store(tmp_path, identity)
+    report, table = make_shard(identity, 1)
+    publish_shard(tmp_path, identity, report, table, {})
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(each) is pq.FileMetaData for each in gc.get_objects())
+        read_footer(tmp_path / part_name(1))
+        assert sum(type(each) is pq.FileMetaData for each in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_footer_says_what_the_shard_is(tmp_path):
