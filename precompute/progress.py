@@ -54,8 +54,11 @@ class Progress:
             self.finished_tokens += report.model_tokens
         return self.identity.num_rows - sum(len(self.identity.rows_of(shard)) for shard in missing)
 
-    def shard_started(self) -> None:
-        self.waited += time.monotonic() - self.active
+    def shard_started(self) -> float:
+        """Its tokens are there; returns how many seconds the model had nothing to do since its last batch."""
+        waited = time.monotonic() - self.active
+        self.waited += waited
+        return waited
 
     def batch_done(self, num_model_tokens: int) -> None:
         self.active = time.monotonic()
@@ -89,7 +92,8 @@ class Progress:
             "num_workers": self.process.world,
             "seconds": elapsed,
             "seconds_left": left,
-            "waiting": self.waited / elapsed,
+            # Up to the last batch: what comes after, waiting for other workers' shards, is not the tokenizer's or the disk's doing.
+            "waiting": self.waited / max(self.waited, self.active - self.started, 1e-9),
         }
 
     def _say(self, final: bool = False) -> None:
@@ -104,8 +108,8 @@ class Progress:
         left = "?" if state["seconds_left"] is None else _clock(state["seconds_left"])
         line = f"scored {state['rows_done']:,}/{state['num_rows']:,} pairs · {state['tokens_per_second']:,.0f} tokens/s{workers} · "
         line += f"{_clock(state['seconds'])} so far, {left} left"
-        if state["waiting"] > WAITING_IS_SLOW:
-            line += f" · the model waits {state['waiting']:.0%} of the time for tokenizer or disk"
+        if final or state["waiting"] > WAITING_IS_SLOW:
+            line += f" · the model waited {state['waiting']:.1%} of the time for tokenizer or disk"
         if self.terminal:
             print(f"\r\x1b[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)
         else:

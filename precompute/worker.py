@@ -263,8 +263,7 @@ def _tokenize_ahead(
 def _score_shard(
     model, config, identity: Identity, index: int, tokens: TokenizedRows, claims: list[Claim], progress, stop: StopRequest
 ) -> tuple[ShardReport, pa.Table, dict]:
-    started = time.time()
-    progress.shard_started()
+    started, waited = time.time(), progress.shard_started()
     sequences = [sequence for pair in tokens.pairs for sequence in pair.sequences]
     token_logps: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
     model_tokens = 0
@@ -292,6 +291,7 @@ def _score_shard(
     )
     timing = {
         "seconds": time.time() - started,
+        "waited": waited,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

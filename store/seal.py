@@ -113,6 +113,7 @@ def _added_up(shards: list[tuple[ShardReport, Sidecar | None]]) -> dict[str, Any
     timed = [(report, each["seconds"]) for report, each in known if "seconds" in each]
     seconds = sum(each for _, each in timed)
     total: dict[str, Any] = {"shards_without_provenance": len(shards) - len(known), "seconds": seconds}
+    total["waited"] = sum(each.get("waited", 0.0) for _, each in known)
     total["tokens_per_second"] = sum(report.model_tokens for report, _ in timed) / seconds if seconds > 0 else None
     for name in ("worker", "host", "device", "tokens_per_batch"):
         total[f"shards_by_{name}"] = dict(Counter(str(each[name]) for _, each in known if name in each))

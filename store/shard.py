@@ -78,7 +78,7 @@ def _row_group_size(report: ShardReport) -> int:
 def publish_shard(store: Path, identity: Identity, report: ShardReport, table: pa.Table, provenance: dict[str, Any]) -> bool:
     """Check `table` (SCHEMA) and put it in `store` under its final name; False if that shard was there already.
 
-    Nothing is written unless every value passes `check.problems`. `provenance` (JSON) is free; sealing adds up "seconds" and lists
+    Nothing is written unless every value passes `check.problems`. `provenance` (JSON) is free; sealing adds up "seconds" and "waited" and lists
     the distinct "worker", "host", "device" and "versions". Errors: StoreError, also for a full disk or a read-only folder.
     """
     name = part_name(report.index)

@@ -135,6 +135,7 @@ def _provenance_lines(manifest: Manifest | None) -> list[str]:
     parts = [
         f"{seconds / 60:,.1f} worker-minutes" if seconds else "",
         f"{speed:,.0f} tokens/s each" if speed else "",
+        f"the model waited {known['waited'] / (known['waited'] + seconds):.1%}" if seconds and "waited" in known else "",
         _number(len(workers), "worker") if workers else "",
         " + ".join(sorted(devices)),
         known.get("layout", ""),

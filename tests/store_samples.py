@@ -14,7 +14,7 @@ from store.schema import SCHEMA
 from store.seal import seal
 from store.shard import publish_shard
 
-PROVENANCE = {"seconds": 2.0, "worker": "n1:0", "host": "n1", "device": "cpu", "versions": {"torch": "2.13.0"}}
+PROVENANCE = {"seconds": 2.0, "waited": 0.25, "worker": "n1:0", "host": "n1", "device": "cpu", "versions": {"torch": "2.13.0"}}
 
 
 def memory_folder() -> Iterator[Path]:

@@ -86,6 +86,7 @@ def test_manifest_survives_a_round_trip(tmp_path):
     assert [each.row for each in manifest.unscorable] == [1, 6]
     assert manifest.provenance["shards_by_worker"] == {"n1:0": 3} and manifest.provenance["layout"] == "packed"
     assert manifest.provenance["tokens_per_second"] == pytest.approx(manifest.model_tokens / 6.0)
+    assert manifest.provenance["waited"] == pytest.approx(0.75)
 
 
 def test_totals_add_up_and_keep_the_first_example():
