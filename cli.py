@@ -143,29 +143,49 @@ local_store_option = click.option(
 )
 
 
+def identity_options(command):
+    """What a store is made of: the options of `precompute` and `import` that decide its identity, and where it is written."""
+    options = (
+        click.option(
+            "--dataset",
+            required=True,
+            help="think | instruct | demo, a hub id, a Parquet/JSONL file, or a folder (save_to_disk or files).",
+        ),
+        click.option("--model", help="Reference model: folder or hub id. Default: the preset's."),
+        click.option("--revision", help="Revision of the model on the hub (and of its tokenizer)."),
+        click.option("--tokenizer", help="Folder or hub id. Default: the model's."),
+        click.option(
+            "--chat-template",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            help="File that replaces the tokenizer's chat template.",
+        ),
+        click.option("--split", help="Split of the dataset. Default: train."),
+        click.option("--dataset-revision", help="Revision of the dataset on the hub."),
+        click.option("--limit", type=click.IntRange(min=1), help="Only the first so many rows."),
+        click.option(
+            "--max-length",
+            type=click.IntRange(min=2),
+            help="Tokens of prompt + completion; longer sequences keep their start. Default: the preset's.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="Dtype the model runs in. Default: the preset's.",
+        ),
+        click.option(
+            "--shard-size",
+            type=click.IntRange(min=1),
+            help="Rows per shard: the most a killed worker loses. Default: 2,400 shards, of 16 to 1,024 rows.",
+        ),
+        click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the store.  [default: store/<dataset>]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @command("precompute")
-@click.option(
-    "--dataset", required=True, help="think | instruct | demo, a hub id, a Parquet/JSONL file, or a folder (save_to_disk or files)."
-)
-@click.option("--model", help="Reference model: folder or hub id. Default: the preset's.")
-@click.option("--revision", help="Revision of the model on the hub (and of its tokenizer).")
-@click.option("--tokenizer", help="Folder or hub id. Default: the model's.")
-@click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File that replaces the tokenizer's chat template.",
-)
-@click.option("--split", help="Split of the dataset. Default: train.")
-@click.option("--dataset-revision", help="Revision of the dataset on the hub.")
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=2),
-    help="Tokens of prompt + completion; longer sequences keep their start. Default: the preset's.",
-)
-@click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the store.  [default: store/<dataset>]")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype the model runs in. Default: the preset's."
-)
+@identity_options
 @click.option(
     "--layout",
     type=click.Choice(["packed", "padded"]),
@@ -181,13 +201,7 @@ local_store_option = click.option(
     metavar="INTEGER|auto",
     help="Token budget of one forward pass: bounds its memory. auto: measure, and take the largest that fits.",
 )
-@click.option(
-    "--shard-size",
-    type=click.IntRange(min=1),
-    help="Rows per shard: the most a killed worker loses. Default: 2,400 shards, of 16 to 1,024 rows.",
-)
 @click.option("--num-workers", type=click.IntRange(min=1), help="Local processes.  [default: one per GPU; 1 without a GPU]")
-@click.option("--limit", type=click.IntRange(min=1), help="Score only the first so many rows.")
 @click.option("--quiet", "show", flag_value="nothing", help="No progress.")
 @click.option("--json", "show", flag_value="json", help="Progress and result as JSON lines on stdout.")
 @click.option("--text", "show", flag_value="text", default="text", hidden=True)
@@ -564,29 +578,15 @@ def _key_values(given: tuple[str, ...]) -> dict:
     required=True,
     help="TRL's Arrow file with ref_chosen_logps, ref_rejected_logps.",
 )
-@click.option("--dataset", required=True, help="What TRL was given: as for precompute.")
-@click.option("--model", help="The reference model TRL scored with. Default: the preset's.")
-@click.option("--revision", help="Revision of the model on the hub.")
-@click.option("--tokenizer", help="Folder or hub id. Default: the model's.")
-@click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File that replaces the tokenizer's chat template.",
-)
-@click.option("--split", help="Split of the dataset. Default: train.")
-@click.option("--dataset-revision", help="Revision of the dataset on the hub.")
-@click.option("--max-length", type=click.IntRange(min=2), help="TRL's max_length (keep_start). Default: the preset's.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype TRL scored in. Default: the preset's.")
-@click.option("--shard-size", type=click.IntRange(min=1), help="Rows per shard. Default: as for precompute.")
-@click.option("--limit", type=click.IntRange(min=1), help="TRL was given only the first so many rows.")
+@identity_options
 @click.option(
     "--num-pairs", type=click.IntRange(min=1), default=8, show_default=True, help="Random pairs scored again to check the cache."
 )
-@click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the new store.  [default: store/<dataset>]")
 def import_cmd(cache: Path, num_pairs: int, **options) -> None:
     """Make a store from the cache of TRL's precompute pass, after scoring some pairs again.
 
-    The store has sums only: train takes it at its own max length and without --ld-alpha.
+    Dataset, model, max length, dtype and limit are those that TRL was given. The store has sums only: train takes it at its own max length
+    and without --ld-alpha.
     """
     config = _precompute_config(layout="packed", tokens_per_batch=16384, **options)
     import launch
