@@ -160,6 +160,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
             revision=config.revision if config.tokenizer == config.model else None,
             chat_template=config.chat_template,
         )
+        tokenizer_hash = background.submit(tokenizer_sha256, tokenizer)
         model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=where)
         shard_size = config.shard_size or default_shard_size(len(rows))
         if len(rows) > MAX_SHARDS * shard_size:
@@ -177,7 +178,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
             dataset_revision=config.dataset_revision,
             weights_sha256=weights_sha256(model),
             config_sha256=config_sha256(config.model, config.revision),
-            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            tokenizer_sha256=tokenizer_hash.result(),
             chat_template_sha256=chat_template_sha256(tokenizer),
             dataset_fingerprint=fingerprint.result(),
             num_rows=len(rows),
