@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from precompute.packing import Sequence
 from precompute.pairs import Pair, tokenize_rows
 from precompute.scoring import score
-from precompute.worker import PrecomputeConfig, columns_of, load_inputs
+from precompute.shard import shard_of
+from precompute.worker import PrecomputeConfig, load_inputs
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store
-from store.manifest import Identity, Manifest, ShardReport, Unscorable
+from store.manifest import Identity, Manifest, ShardReport
 from store.schema import SUMS_ONLY
 from store.seal import seal
 from store.shard import publish_shard
@@ -121,19 +122,4 @@ def _shard(identity: Identity, index: int, block, sums: np.ndarray) -> tuple[Sha
         ]
         for pair, row in zip(block.pairs, sums, strict=True)
     ]
-    rows = identity.rows_of(index)
-    num_prompt = sum(len(pair.prompt_ids) for pair in block.pairs)
-    num_completion = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in block.pairs)
-    report = ShardReport(
-        index=index,
-        first_row=rows.start,
-        num_rows=len(rows),
-        num_pairs=len(block.pairs),
-        unscorable=tuple(Unscorable(**each) for each in block.unscorable),
-        counts=dict(block.counts),
-        examples=block.examples,
-        num_prompt_tokens=num_prompt,
-        num_completion_tokens=num_completion,
-        model_tokens=0,
-    )
-    return report, columns_of(block.pairs, [each[0] for each in spread], [each[1] for each in spread])
+    return shard_of(identity, index, block, [each[0] for each in spread], [each[1] for each in spread], model_tokens=0)

@@ -33,16 +33,16 @@ from precompute.model import (
     versions,
     weights_sha256,
 )
-from precompute.pairs import Pair, TokenizedRows, tokenize_rows
+from precompute.pairs import TokenizedRows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, Show
 from precompute.scoring import SCORER_VERSION, Layout, score_batches
+from precompute.shard import shard_of
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store
-from store.manifest import MANIFEST, MAX_SHARDS, Identity, Manifest, ShardReport, Unscorable
-from store.schema import SCHEMA
+from store.manifest import MANIFEST, MAX_SHARDS, Identity, Manifest, ShardReport
 from store.seal import seal
 from store.shard import part_name, publish_shard
 
@@ -277,59 +277,14 @@ def _score_shard(
         progress.batch_done(batch.num_model_tokens)
         if stop.now:
             raise stop.error(f"shard {index} was dropped half-way, finished ones are kept", config.ref_store)
-    block = identity.rows_of(index)
-    report = ShardReport(
-        index=index,
-        first_row=block.start,
-        num_rows=len(block),
-        num_pairs=len(tokens.pairs),
-        unscorable=tuple(Unscorable(**each) for each in tokens.unscorable),
-        counts=dict(tokens.counts),
-        examples=tokens.examples,
-        num_prompt_tokens=sum(len(pair.prompt_ids) for pair in tokens.pairs),
-        num_completion_tokens=sum(sequence.num_scored for sequence in sequences),
-        model_tokens=model_tokens,
-    )
     timing = {
         "seconds": time.time() - started,
         "waited": waited,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return report, columns_of(tokens.pairs, token_logps[0::2], token_logps[1::2]), timing
-
-
-def columns_of(pairs: list[Pair], chosen: list[np.ndarray], rejected: list[np.ndarray]) -> pa.Table:
-    """A shard's table (store.schema) from pairs and the float32 log-probs of their completion tokens."""
-
-    def lists(arrays: list[np.ndarray], dtype) -> pa.Array:
-        offsets = np.cumsum([0, *map(len, arrays)])
-        values = np.concatenate(arrays).astype(dtype) if arrays else np.empty(0, dtype)
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
-
-    columns = {
-        "pair_id": [pair.pair_id for pair in pairs],
-        "row": [pair.row for pair in pairs],
-        "prompt_ids": lists([pair.prompt_ids for pair in pairs], np.int32),
-        "chosen_ids": lists([pair.chosen_ids for pair in pairs], np.int32),
-        "rejected_ids": lists([pair.rejected_ids for pair in pairs], np.int32),
-        "ref_chosen_logps": [float(logps.sum(dtype=np.float64)) for logps in chosen],
-        "ref_rejected_logps": [float(logps.sum(dtype=np.float64)) for logps in rejected],
-        "num_prompt_tokens": [len(pair.prompt_ids) for pair in pairs],
-        "num_chosen_tokens": [len(pair.chosen_ids) for pair in pairs],
-        "num_rejected_tokens": [len(pair.rejected_ids) for pair in pairs],
-        "chosen_truncated": [pair.chosen_truncated for pair in pairs],
-        "rejected_truncated": [pair.rejected_truncated for pair in pairs],
-        "chosen_token_logps": lists(chosen, np.float32),
-        "rejected_token_logps": lists(rejected, np.float32),
-    }
-    return pa.table(
-        [
-            pa.array(values, field.type) if isinstance(values, list) else values
-            for field, values in zip(SCHEMA, columns.values(), strict=True)
-        ],
-        schema=SCHEMA,
-    )
+    report, table = shard_of(identity, index, tokens, token_logps[0::2], token_logps[1::2], model_tokens)
+    return report, table, timing
 
 
 def _publish(store: Path, identity: Identity, report: ShardReport, columns: pa.Table, provenance: dict, held: Claim) -> None:
