@@ -199,9 +199,9 @@ def self_test(model: PreTrainedModel, dtype: str) -> None:
 
     generator = np.random.default_rng(0)
     vocabulary = model.config.get_text_config().vocab_size
-    prompt = generator.integers(0, vocabulary, 24)
-    completions = [generator.integers(0, vocabulary, 12) for _ in range(3)]
-    sequences = [Sequence(np.concatenate([prompt, completion]).astype(np.int32), 24) for completion in completions]
+    prompt = generator.integers(0, vocabulary, 12)  # long enough to be shared, short because every start waits for it
+    completions = [generator.integers(0, vocabulary, 8) for _ in range(3)]
+    sequences = [Sequence(np.concatenate([prompt, completion]).astype(np.int32), len(prompt)) for completion in completions]
     packed, padded = (
         np.concatenate(score(model, sequences, layout=layout, tokens_per_batch=4096)) for layout in ("packed", "padded")
     )
