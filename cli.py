@@ -49,12 +49,12 @@ EXAMPLES = {
       python cli.py import --cache ref_logps.arrow --dataset demo --ref-store store/imported
     """,
     "push": """
-      python cli.py push --ref-store store/demo file:///tmp/refdpo-demo
+      python cli.py push --ref-store store/demo file://$PWD/runs/copies/demo
 
       python cli.py push --ref-store store/think acme/think-ref
     """,
     "pull": """
-      python cli.py pull file:///tmp/refdpo-demo --ref-store store/copy
+      python cli.py pull file://$PWD/runs/copies/demo --ref-store store/copy
 
       python cli.py pull acme/think-ref --ref-store store/think
     """,

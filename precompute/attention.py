@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from precompute.packing import Branch
+from precompute.packing import Branch, PackedBatch
 from store.errors import InputError
 
 NAME = "refdpo_packed"
@@ -206,3 +206,14 @@ def packed_attention(model: PreTrainedModel):
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """Last hidden states [T, D] of a packed row, on the model's device and in its dtype. The model must attend with `attend` (packed_attention)."""
+    device = model.device
+    return model.base_model(
+        input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
+        position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
+        packed_layout=PackedLayout(batch.branches, device),
+        use_cache=False,
+    ).last_hidden_state[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from precompute.attention import PackedLayout, packed_attention
+from precompute.attention import packed_attention, packed_hidden
 from precompute.cpu import fast_on_cpu, linear
 from precompute.packing import PackedBatch, Sequence, pack
 from store.errors import InputError
@@ -71,14 +71,8 @@ def score_batches(
 def score_packed(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Float32 [N] on the model's device: log p(target | everything up to its predictor). Inside `packed_attention(model)` only."""
     refuse_unusual_head(model)
-    device = model.device
-    hidden = model.base_model(
-        input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
-        position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
-        packed_layout=PackedLayout(batch.branches, device),
-        use_cache=False,
-    ).last_hidden_state[0]
-    return _head_logps(model, hidden, torch.from_numpy(batch.predictors).to(device), torch.from_numpy(batch.targets).to(device))
+    predictors, targets = (torch.from_numpy(each).to(model.device) for each in (batch.predictors, batch.targets))
+    return _head_logps(model, packed_hidden(model, batch), predictors, targets)
 
 
 def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def run(argv: list[str], folder: Path) -> str:
-    argv = [word.replace("/tmp/refdpo-walkthrough", str(folder / "elsewhere")) for word in argv]
+    argv = [word.replace("$PWD", str(folder)) for word in argv]
     with one_rank() if argv[0] == "train" else contextlib.nullcontext():
         result = CliRunner().invoke(cli.main, argv, catch_exceptions=False)
     assert result.exit_code == 0, f"python cli.py {shlex.join(argv)}\n{result.output}"

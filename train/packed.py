@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from precompute.attention import NAME, PackedLayout, refuse_unpackable
+from precompute.attention import NAME, packed_hidden, refuse_unpackable
 from precompute.cpu import use_fast_linears
 from precompute.packing import Sequence, pack
 from precompute.scoring import refuse_unusual_head
@@ -75,12 +75,7 @@ def packed_forward(
         Sequence(row[:length].astype(np.int32), prompt) for row, length, prompt in zip(ids, lengths, num_prompts, strict=True)
     ]
     (batch,) = pack(sequences, tokens_per_batch=sum(lengths))
-    hidden = model.base_model(
-        input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
-        position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
-        packed_layout=PackedLayout(batch.branches, device),
-        use_cache=False,
-    ).last_hidden_state[0]
+    hidden = packed_hidden(model, batch)
     head = model.get_output_embeddings()
     predicting, targets = hidden[torch.from_numpy(batch.predictors).to(device)], torch.from_numpy(batch.targets).to(device)
     temperature, softcapping, scale = 1.0, None, 1.0  # refuse_unusual_head
