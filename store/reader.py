@@ -28,6 +28,9 @@ from store.seal import unsealed
 
 TOKEN_COUNTS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
 
+STRETCH = 256
+"""Shards whose columns are read before they are put together."""
+
 SHORT_COLUMNS = tuple(name for name in SCHEMA.names if not pa.types.is_list(SCHEMA.field(name).type))
 """The columns of one value per pair: everything but ids and per-token values."""
 
@@ -88,7 +91,7 @@ class Store:
     @cached_property
     def token_counts(self) -> pa.Table:
         """TOKEN_COUNTS of all pairs, in the order of positions. Kept: a million pairs are 12 MB."""
-        return self.columns(TOKEN_COUNTS).combine_chunks()
+        return self.columns(TOKEN_COUNTS)
 
     def lengths(self) -> pa.Table:
         """SHORT_COLUMNS of all pairs, in the order of positions; the long columns are not touched."""
@@ -99,10 +102,13 @@ class Store:
 
         def read(shard: int) -> pa.Table:
             with self._opened(shard) as file:
-                return file.read(columns=list(names), use_threads=False).combine_chunks()  # else a chunk per row group
+                return file.read(columns=list(names), use_threads=False)
 
+        shards = range(len(self.manifest.shards))
         with ThreadPoolExecutor() as threads:
-            return _table(names, threads.map(read, range(len(self.manifest.shards))))
+            # A stretch of shards at a time becomes one chunk: thousands of small tables take more memory than what is in them.
+            stretches = [shards[first : first + STRETCH] for first in shards[::STRETCH]]
+            return _table(names, [_table(names, threads.map(read, each)).combine_chunks() for each in stretches])
 
     def read(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """The pairs at `positions` (0 … num_pairs - 1, in the order of rows), in the order asked; a position may repeat.

@@ -4,6 +4,7 @@ The dataset holds one number per pair, its position in the store: a million pair
 Parquet files when a batch is asked for, in whichever process asks.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class ReadPairs:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Numbers of tokens of the pairs of a dataset, in its order: int64 [pairs] each."""
+    """Numbers of tokens of the pairs of a dataset, in its order: int32 [pairs] each."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -64,10 +65,13 @@ class Lengths:
 
 
 def lengths_of(dataset: Dataset, store: Store, max_length: int) -> Lengths:
-    """Of a dataset that `dataset_of` made from `store` for `max_length`. Reads the short columns only."""
-    positions = dataset.with_format("numpy")[POSITION][:]
-    prompt, chosen, rejected = (store.token_counts[name].to_numpy().astype(np.int64)[positions] for name in TOKEN_COUNTS)
-    return Lengths(prompt, np.minimum(chosen, max_length - prompt), np.minimum(rejected, max_length - prompt))
+    """Of a dataset that `dataset_of` made from `store` for `max_length`. Reads the counts only."""
+    positions = dataset.data.column(POSITION).chunk(0).to_numpy()  # as `dataset_of` made it; its formats would copy it twice
+    prompt, chosen, rejected = (store.token_counts[name].to_numpy()[positions] for name in TOKEN_COUNTS)
+    room = max_length - prompt
+    np.minimum(chosen, room, out=chosen)
+    np.minimum(rejected, room, out=rejected)
+    return Lengths(prompt, chosen, rejected)
 
 
 def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, positions: Sequence[int] | None = None) -> Dataset:
@@ -100,6 +104,9 @@ def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, pos
             where=f"{store.path}, --max-length {max_length}",
             found=f"{store.num_pairs} pairs in the store",
         )
-    dataset = Dataset(pa.table({POSITION: positions}))
+    # datasets' own fingerprint is that of the table alone, which it pickles for it.
+    fingerprint = hashlib.sha256(repr((max_length, ld_alpha, [shard.sha256 for shard in store.manifest.shards])).encode())
+    fingerprint.update(positions)
+    dataset = Dataset(pa.table({POSITION: positions}), fingerprint=fingerprint.hexdigest()[:16])
     dataset.set_transform(ReadPairs(store, max_length, ld_alpha))
     return dataset
