@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from store import DTYPES
 from store.errors import InputError, RefdpoError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -169,7 +170,7 @@ def identity_options(command):
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
+            type=click.Choice(DTYPES),
             help="Dtype the model runs in. Default: the preset's.",
         ),
         click.option(
@@ -421,7 +422,7 @@ def _analyze_config(dataset: str, **given):
     help="Pairs per step over all devices; accumulation follows.  [default: 128]",
 )
 @click.option("--gradient-accumulation-steps", type=click.IntRange(min=1), help="Instead of --effective-batch-size.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the store's]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="[default: the store's]")
 @click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True, help="padded: stock TRL.")
 @click.option("--attn-implementation", default="sdpa", show_default=True, help="With --layout padded; packed has its own.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="[default: on]")

@@ -35,11 +35,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch import Process
 from precompute.attention import packed_attention
 from precompute.cpu import fast_on_cpu, linear
-from precompute.model import DTYPES, load_model
+from precompute.model import load_model
 from precompute.packing import PackedBatch, Sequence, pack, plan
 from precompute.pairs import Pair, tokenize_rows
 from precompute.scoring import HEAD_TILE, score_packed
 from precompute.worker import PrecomputeConfig, run
+from store import DTYPES
 from store.reader import Store, open_store
 
 
@@ -54,7 +55,7 @@ def time_trl(args, rows: datasets.Dataset, batch_size: int, folder: Path) -> tup
 
     started = now()
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype], attn_implementation="sdpa"),
+        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa"),
         args=DPOConfig(
             str(folder),
             use_cpu=not torch.cuda.is_available(),
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="Parquet file of preference rows")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=2048)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--trl-batch-sizes", type=lambda text: [int(size) for size in text.split(",")], default=[8, 1, 2, 4, 16])
     parser.add_argument("--tokens-per-batch", type=int, default=16384)
     parser.add_argument("--shard-size", type=int, default=256)
@@ -286,7 +287,7 @@ def main() -> None:
         limit = time_scoring_and_products(args, store)
         print(f"  scoring alone         {limit['scoring']:8.1f} s   {limit['tokens'] / limit['scoring']:.0f} tokens/s")
         if torch.cuda.is_available():
-            rate, peak = limit["flops"] / limit["scoring"], peak_rate(torch.device("cuda"), DTYPES[args.dtype])
+            rate, peak = limit["flops"] / limit["scoring"], peak_rate(torch.device("cuda"), getattr(torch, args.dtype))
             print(f"  model FLOPs           {rate / 1e12:8.1f} TFLOP/s, {rate / peak:.2f} of a large product's {peak / 1e12:.1f}")
         else:
             for name, title in (("products", "bare products, PyTorch"), ("our_products", "bare products, oneDNN")):

@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from precompute.dataset import load_rows
-from precompute.model import DTYPES, load_model, load_tokenizer
+from precompute.model import load_model, load_tokenizer
 from precompute.pairs import tokenize_rows
 from precompute.scoring import score_batches
+from store import DTYPES
 from store.reader import open_store
 
 matplotlib.use("Agg")
@@ -144,7 +145,7 @@ def main() -> None:
         "--budgets", type=lambda text: [int(size) for size in text.split(",")], default=[512, 1024, 2048, 4096, 16384]
     )
     parser.add_argument("--max-length", type=int, default=2048)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--picture", type=Path, required=True)
     args = parser.parse_args()
     speeds = throughput(args, args.budgets)

@@ -12,8 +12,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from store.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 VOLATILE_CONFIG = {
     "_name_or_path",
     "transformers_version",
@@ -48,7 +46,7 @@ def load_model(
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
-            dtype=DTYPES[dtype],
+            dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             output_loading_info=True,

@@ -3,3 +3,6 @@
 This folder is code and shelf at once: files are code, directories are data (`store/think/` is a dataset, `store.reader` a module).
 Needs pyarrow, duckdb and the standard library only, so that a store opens on a login node in well under a second.
 """
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""In which a model may score and be trained."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from store import record
+from store import DTYPES, record
 from store.errors import StoreError
 from store.schema import FORMAT_VERSION
 
@@ -60,8 +60,8 @@ class Identity:
             raise ValueError(f"{self.num_rows} rows in shards of {self.shard_size} are more than {MAX_SHARDS:,} shards")
         if self.truncation != "keep_start":
             raise ValueError(f"truncation must be keep_start, is {self.truncation!r}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, is {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
 
     @property
     def num_shards(self) -> int:
@@ -99,13 +99,9 @@ class Unscorable:
 
 
 @dataclass(frozen=True)
-class ShardReport:
-    """Facts of one shard that its identity determines; they stand in its Parquet footer."""
+class Totals:
+    """Facts that the identity determines, about one shard or all of them."""
 
-    index: int
-    first_row: int
-    num_rows: int
-    """Source rows of the block."""
     num_pairs: int
     """Scored pairs; the other rows are in `unscorable`."""
     unscorable: tuple[Unscorable, ...]
@@ -120,31 +116,28 @@ class ShardReport:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What the reports of several shards add up to."""
+class ShardReport(Totals):
+    """The facts of one shard, which stand in its Parquet footer, and which it is."""
 
-    num_pairs: int
-    unscorable: tuple[Unscorable, ...]
-    counts: dict[str, int]
-    examples: dict[str, str]
-    num_prompt_tokens: int
-    num_completion_tokens: int
-    model_tokens: int
+    index: int
+    first_row: int
+    num_rows: int
+    """Source rows of the block."""
 
-    @classmethod
-    def of(cls, reports: list[ShardReport]) -> "Totals":
-        """Sums and lists in the order of `reports`; the first example of each kind stays."""
-        counts, examples = Counter(), {}
-        for report in reports:
-            counts.update(report.counts)
-            examples = {**report.examples, **examples}
-        sums = ("num_pairs", "num_prompt_tokens", "num_completion_tokens", "model_tokens")
-        return cls(
-            unscorable=tuple(each for report in reports for each in report.unscorable),
-            counts=dict(counts),
-            examples=examples,
-            **{name: sum(getattr(report, name) for report in reports) for name in sums},
-        )
+
+def totals_of(reports: list[ShardReport]) -> Totals:
+    """Sums and lists in the order of `reports`; the first example of each kind stays."""
+    counts, examples = Counter(), {}
+    for report in reports:
+        counts.update(report.counts)
+        examples = {**report.examples, **examples}
+    sums = ("num_pairs", "num_prompt_tokens", "num_completion_tokens", "model_tokens")
+    return Totals(
+        unscorable=tuple(each for report in reports for each in report.unscorable),
+        counts=dict(counts),
+        examples=examples,
+        **{name: sum(getattr(report, name) for report in reports) for name in sums},
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from store import disk, record
 from store.errors import StoreError
 from store.folder import missing_shards
-from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, Totals, check_same, rerun
+from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, check_same, rerun, totals_of
 from store.shard import Sidecar, part_name, read_footer
 
 
@@ -55,7 +55,7 @@ def _write_manifest(store: Path, identity: Identity, provenance: dict[str, Any],
     with ThreadPoolExecutor() as threads:
         described = list(threads.map(lambda path: _describe(path, identity, sidecars.get(path.name, [])), paths))
     manifest = Manifest(
-        **vars(Totals.of([report for report, _, _ in described])),
+        **vars(totals_of([report for report, _, _ in described])),
         identity=identity,
         shards=tuple(file for _, file, _ in described),
         preset=preset,

@@ -10,7 +10,7 @@ import duckdb
 
 from store.errors import StoreError
 from store.folder import missing_shards, stored_identity
-from store.manifest import MANIFEST, Identity, Manifest, Totals, rerun
+from store.manifest import MANIFEST, Identity, Manifest, Totals, rerun, totals_of
 from store.shard import read_footer
 from store.sql import connect, readable_shards
 
@@ -44,7 +44,7 @@ def summary(path: Path, width: int | None = None) -> str:
     files = readable_shards(path)
     identity = stored_identity(path)
     manifest = Manifest.load(path / MANIFEST) if (path / MANIFEST).exists() else None
-    totals = manifest or Totals.of([read_footer(file)[1] for file in files])
+    totals = manifest or totals_of([read_footer(file)[1] for file in files])
     size = sum(file.stat().st_size for file in files)
     fitted = [
         [f"{path}: {_state(path, identity, manifest)}, {_bytes(size)}"],

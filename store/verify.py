@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from store.check import problems
 from store.errors import StoreError
 from store.integrity import damage
-from store.manifest import MANIFEST, Manifest, ShardReport, Totals
+from store.manifest import MANIFEST, Manifest, ShardReport, Totals, totals_of
 from store.reader import load_manifest
 from store.shard import part_name, read_footer
 
@@ -41,7 +41,7 @@ def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> li
             if progress is not None:
                 progress(done, len(intact))
     if len(reports) == len(manifest.shards):  # else the sums cannot agree, and the reason is listed already
-        found += _totals(path, manifest, Totals.of(reports))
+        found += _totals(path, manifest, totals_of(reports))
     return found
 
 

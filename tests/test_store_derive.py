@@ -60,7 +60,7 @@ def test_pairs_survive_the_disk(rows, shard_size):
         prepare_store(path, identity)
         for index in range(identity.num_shards):
             block = identity.rows_of(index)
-            report = ShardReport(index, block.start, len(block), len(block), (), {}, {}, 0, 0, 0)
+            report = ShardReport(len(block), (), {}, {}, 0, 0, 0, index, block.start, len(block))
             publish_shard(path, identity, report, table.slice(block.start, len(block)), PROVENANCE)
         seal(path, identity, {}, None)
         assert verify(path) == []

@@ -8,7 +8,7 @@ from store_samples import make_identity, make_shard, make_store, memory_folder
 
 from store import record
 from store.errors import StoreError
-from store.manifest import MANIFEST, NAMES, Identity, Manifest, Totals, check_same
+from store.manifest import MANIFEST, NAMES, Identity, Manifest, check_same, totals_of
 from store.reader import open_store
 from store.verify import verify
 
@@ -97,7 +97,7 @@ def test_totals_add_up_and_keep_the_first_example():
         )
         for report in shards
     ]
-    totals = Totals.of(shards)
+    totals = totals_of(shards)
     assert totals.counts == {"identical": 6, "kind_0": 1, "kind_1": 1, "kind_2": 1}
     assert totals.examples == {"identical": "row 0"}
     assert (totals.num_pairs, [each.row for each in totals.unscorable]) == (9, [1])

@@ -95,7 +95,7 @@ def make_store(
     prepare_store(path, this)
     for shard in range(this.num_shards):
         block = [pairs[row] for row in this.rows_of(shard)]
-        report = ShardReport(shard, block[0]["row"], len(block), len(block), (), {}, {}, 0, 0, 0)
+        report = ShardReport(len(block), (), {}, {}, 0, 0, 0, shard, block[0]["row"], len(block))
         publish_shard(path, this, report, pa.Table.from_pylist(block, schema=SCHEMA), {})
     seal(path, this, {}, None)
     return open_store(path)

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from store import DTYPES
 from store.errors import InputError
 
 ZERO2 = Path(__file__).with_name("zero2.json")
@@ -36,8 +37,6 @@ LR_SCHEDULER_TYPES = ("linear", "cosine", "polynomial", "constant", "constant_wi
 REPORTERS = ("wandb", "tensorboard")
 
 LAYOUTS = ("packed", "padded")
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
