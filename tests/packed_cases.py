@@ -17,13 +17,13 @@ import torch
 import torch.distributed
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
-from train_setup import MAX_LENGTH
+from train_setup import DPO_SETTINGS, MAX_LENGTH
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from store.reader import open_store
 from train.balance import RELATE_PAIRS, Shape, deal, deal_whole
-from train.config import LOSS_TYPES, ZERO2, TrainConfig
+from train.config import LOSS_TYPES, TrainConfig
 from train.data import dataset_of, lengths_of
 from train.run import train
 from train.trainer import StoreDPOTrainer
@@ -42,23 +42,9 @@ LOSSES = {
 }
 PLAIN = {"loss_types": ["sigmoid"], "loss_weights": [1.0], "use_weighting": False, "ld_alpha": None, "label_smoothing": 0.0}
 
-SETTINGS = {
+SETTINGS = DPO_SETTINGS | {
     "output_dir": str(FOLDER / "unused"),
-    "use_cpu": True,
-    "bf16": False,
-    "deepspeed": str(ZERO2),
-    "report_to": "none",
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-3,
-    "beta": 0.1,
     "discopop_tau": 1.0,  # with TRL's 0.05 this loss multiplies the rounding of its argument by 20
-    "max_length": MAX_LENGTH,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "remove_unused_columns": False,
     "use_weighting": True,  # so that the head computes what WPO needs; the cases switch it
 }
 

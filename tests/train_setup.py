@@ -18,10 +18,28 @@ from store.reader import Store, open_store
 from store.schema import SCHEMA
 from store.seal import seal
 from store.shard import publish_shard
+from train.config import ZERO2
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 MAX_LENGTH = 96
+
+DPO_SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "deepspeed": str(ZERO2),
+    "report_to": "none",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "beta": 0.1,
+    "max_length": MAX_LENGTH,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "remove_unused_columns": False,
+}
+"""DPOConfig's, for trainers that are compared with stock TRL's under DeepSpeed: four pairs to a rank's step."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ def make_store(
     path: Path, model_folder: Path, rows: tuple[dict, ...], dtype: str = "float32", shift: float = 0.0, **identity
 ) -> Store:
     """Score `rows` with the model in `model_folder` and seal the result. `shift` is added to every ref_chosen_logps, on its first token."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=DTYPES[dtype]).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     this = Identity(
         **{

@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 from datasets import Dataset
 from tiny import SMALL
-from train_setup import DTYPES, MAX_LENGTH
+from train_setup import DPO_SETTINGS, MAX_LENGTH
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer
 
 from store.errors import RefdpoError
 from store.reader import open_store
-from train.config import ZERO2, TrainConfig
+from train.config import TrainConfig
 from train.data import dataset_of
 from train.run import train
 from train.trainer import StoreDPOTrainer
@@ -36,27 +36,11 @@ from train.trainer import StoreDPOTrainer
 FOLDER = Path(sys.argv[1])
 TOKENIZER = PreTrainedTokenizerFast.from_pretrained(FOLDER / "model")
 ROWS = json.loads((FOLDER / "rows.json").read_text())
-
-SETTINGS = {
-    "output_dir": str(FOLDER / "unused"),
-    "use_cpu": True,
-    "deepspeed": str(ZERO2),
-    "report_to": "none",
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-3,
-    "beta": 0.1,
-    "max_length": MAX_LENGTH,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "remove_unused_columns": False,
-}
+SETTINGS = DPO_SETTINGS | {"output_dir": str(FOLDER / "unused")}
 
 
 def policy(dtype: str = "float32") -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=DTYPES[dtype])
+    return AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=getattr(torch, dtype))
 
 
 class Watched(StoreDPOTrainer):
@@ -105,7 +89,7 @@ def online(
     **changes,
 ) -> DPOTrainer:
     """TRL's own trainer with a reference model beside the policy, on the same rows as text, already trained."""
-    args = DPOConfig(**(SETTINGS | {"bf16": False} | changes))
+    args = DPOConfig(**(SETTINGS | changes))
     model, reference = model or policy(), reference or policy()
     trainer = DPOTrainer(
         model=model,
