@@ -53,6 +53,15 @@ def test_read_returns_what_was_published(big):
     assert opened.columns(["prompt_ids", "row"]).equals(pairs.select(["prompt_ids", "row"]))
 
 
+@pytest.mark.parametrize("stretch", [1, 2, 3])
+def test_columns_are_whole_wherever_their_stretches_end(big, monkeypatch, stretch):
+    path, pairs = big
+    monkeypatch.setattr("store.reader.STRETCH", stretch)
+    columns = open_store(path).columns(["row", "num_chosen_tokens"])
+    assert columns.equals(pairs.select(["row", "num_chosen_tokens"]))
+    assert columns["row"].num_chunks == -(-3 // stretch)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, NUM_ROWS - len(UNSCORABLE) - 1), max_size=30))
 def test_read_keeps_the_order_asked(big, positions):

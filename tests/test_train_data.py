@@ -112,7 +112,9 @@ def test_dataset_can_be_pickled_and_keeps_its_fingerprint(store):
     dataset = dataset_of(store, 40)
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy[3] == dataset[3]
-    assert dataset_of(store, 40)._fingerprint == dataset._fingerprint != dataset_of(store, 41)._fingerprint
+    assert dataset_of(store, 40)._fingerprint == dataset._fingerprint
+    others = (dataset_of(store, 41), dataset_of(store, 40, ld_alpha=0.5), dataset_of(store, 40, positions=[2, 1]))
+    assert len({each._fingerprint for each in (dataset, *others)}) == 4
 
 
 def test_a_million_pairs_open_at_once(store):

@@ -104,9 +104,8 @@ def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, pos
             where=f"{store.path}, --max-length {max_length}",
             found=f"{store.num_pairs} pairs in the store",
         )
-    # datasets' own fingerprint is that of the table alone, which it pickles for it.
-    fingerprint = hashlib.sha256(repr((max_length, ld_alpha, [shard.sha256 for shard in store.manifest.shards])).encode())
-    fingerprint.update(positions)
-    dataset = Dataset(pa.table({POSITION: positions}), fingerprint=fingerprint.hexdigest()[:16])
+    # datasets would pickle the table to hash it. The transform, and with it the store, goes into the fingerprint when it is set.
+    fingerprint = hashlib.sha256(positions).hexdigest()[:16]
+    dataset = Dataset(pa.table({POSITION: positions}), fingerprint=fingerprint)
     dataset.set_transform(ReadPairs(store, max_length, ld_alpha))
     return dataset
