@@ -11,7 +11,7 @@
 Every contender trains the same pairs in the same global batches, which is checked, not assumed. The first step, on the set's shortest rows,
 is left out: kernels are chosen in it. On the CPU times are CPU seconds of all processes together, which other load on the machine does not
 stretch; run it with OMP_NUM_THREADS=1, for idle threads count too. On GPUs they are seconds by the clock. Passes over the reference
-(stock's, and our phase 1) are the scoring alone, without tokenizing and loading, on both sides.
+(stock's, and our phase 1) are the scoring of the timed rows alone, without tokenizing and loading, on both sides.
 
 With --json a run that was cut short goes on where it was: what the file has is not measured again.
 
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
@@ -238,7 +239,7 @@ def choose(lengths, num_rows: int, micro_batches: list[int], seed: int):
 
 
 def prepare(args, micro_batches: list[int]) -> dict:
-    """Rows, model and store in `args.work`; what is known of the sample, and seconds that phase 1 scored."""
+    """Rows, model and store in `args.work`; what is known of the sample, and seconds that phase 1 scored the timed rows."""
     import datasets
     import numpy as np
     from transformers import AutoTokenizer
@@ -270,6 +271,7 @@ def prepare(args, micro_batches: list[int]) -> dict:
     # Row k of the shuffle must be row k of this order.
     rows = rows.select(np.array(in_order)[np.argsort(shuffled(len(in_order), args.seed, epoch=0))]).flatten_indices()
     rows.to_parquet(args.work / "rows.parquet")
+    rows.select(shuffled(len(in_order), args.seed, epoch=0)[args.effective_batch_size :]).to_parquet(args.work / "timed.parquet")
     both = isinstance(rows[0].get("prompt"), str) and isinstance(rows[0]["chosen"], list)
     (rows.remove_columns("prompt") if both else rows).to_parquet(
         args.work / "trl.parquet"
@@ -304,8 +306,9 @@ def prepare(args, micro_batches: list[int]) -> dict:
             started = now()
 
     worker.score_batches = timed_batches
-    run(config, Process(0, 1, 0))
+    run(replace(config, dataset=str(args.work / "timed.parquet"), ref_store=args.work / "timed"), Process(0, 1, 0))
     worker.score_batches = score_batches
+    run(config, Process(0, 1, 0))  # what the contenders train from has the warm-up's rows as well
     num_pairs = open_store(args.work / "store").num_pairs
     if num_pairs != len(rows):
         raise SystemExit(f"{args.dataset}: phase 1 scored {num_pairs} of {len(rows)} chosen rows; all are needed")
@@ -369,7 +372,7 @@ def main() -> None:
             packed, *padded = state[name]
             shares = ", ".join(f"{size}: {each / packed:.2f}" for size, each in zip(possible, padded, strict=True))
             print(f"  {name:7} {packed:7.0f} tokens per pair with each prompt once; padded, times that, at micro-batch {shares}")
-        # Phase 1 is made anew on each start, over the warm-up's rows too.
+        # Phase 1 is made anew on each start.
         state["phase1_per_pair"] = state["phase1"] / (args.steps * args.effective_batch_size) / world
         print(f"phase 1 scored in {state['phase1_per_pair']:.2f} s per pair", flush=True)
         print(
