@@ -7,7 +7,7 @@ from typing import Literal
 from store.errors import StoreError
 from store.manifest import MANIFEST, Manifest, check_same
 from store.seal import sha256_of
-from store.shard import read_footer
+from store.shard import FOOTER_THREADS, read_footer
 
 Check = Literal["none", "footers", "sha256"]
 """How closely to look: file names and sizes only; the footers too; every byte."""
@@ -21,7 +21,7 @@ def damage(store: Path, manifest: Manifest, check: Check) -> list[StoreError]:
     for look in (_footer, _sha256)[: ("none", "footers", "sha256").index(check)]:
         bad = {error.where for error in found}
         numbers = [i for i, shard in enumerate(manifest.shards) if store / shard.name not in bad]
-        with ThreadPoolExecutor() as threads:
+        with ThreadPoolExecutor(FOOTER_THREADS if look is _footer else None) as threads:
             found += filter(None, threads.map(lambda i, look=look: look(store, manifest, i), numbers))
     return sorted(found, key=lambda error: str(error.where))
 

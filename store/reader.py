@@ -25,6 +25,7 @@ from store.integrity import Check, advice, damage
 from store.manifest import MANIFEST, Identity, Manifest
 from store.schema import SCHEMA
 from store.seal import unsealed
+from store.shard import FOOTER_THREADS
 
 TOKEN_COUNTS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
 
@@ -105,7 +106,7 @@ class Store:
                 return file.read(columns=list(names), use_threads=False)
 
         shards = range(len(self.manifest.shards))
-        with ThreadPoolExecutor() as threads:
+        with ThreadPoolExecutor(FOOTER_THREADS) as threads:
             # A stretch of shards at a time becomes one chunk: thousands of small tables take more memory than what is in them.
             stretches = [shards[first : first + STRETCH] for first in shards[::STRETCH]]
             return _table(names, [_table(names, threads.map(read, each)).combine_chunks() for each in stretches])

@@ -11,7 +11,7 @@ from store import disk, record
 from store.errors import StoreError
 from store.folder import missing_shards
 from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, check_same, rerun, totals_of
-from store.shard import Sidecar, part_name, read_footer
+from store.shard import FOOTER_THREADS, Sidecar, part_name, read_footer
 
 
 def seal(store: Path, identity: Identity, provenance: dict[str, Any], preset: str | None) -> Manifest:
@@ -52,7 +52,7 @@ def sha256_of(path: Path) -> str:
 def _write_manifest(store: Path, identity: Identity, provenance: dict[str, Any], preset: str | None) -> None:
     paths = [store / part_name(index) for index in range(identity.num_shards)]
     sidecars = _sidecars(store)
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
         described = list(threads.map(lambda path: _describe(path, identity, sidecars.get(path.name, [])), paths))
     manifest = Manifest(
         **vars(totals_of([report for report, _, _ in described])),
