@@ -268,10 +268,10 @@ def prepare(args, micro_batches: list[int]) -> dict:
     timed, of_sample, of_set = choose(lengths, num_rows, micro_batches, args.seed)
     warm_up = [index for index in by_length if index not in set(timed)][: args.effective_batch_size]
     in_order = [pairs[index].row for index in (*warm_up, *timed)]
+    rows.select(in_order[args.effective_batch_size :]).to_parquet(args.work / "timed.parquet")
     # Row k of the shuffle must be row k of this order.
     rows = rows.select(np.array(in_order)[np.argsort(shuffled(len(in_order), args.seed, epoch=0))]).flatten_indices()
     rows.to_parquet(args.work / "rows.parquet")
-    rows.select(shuffled(len(in_order), args.seed, epoch=0)[args.effective_batch_size :]).to_parquet(args.work / "timed.parquet")
     both = isinstance(rows[0].get("prompt"), str) and isinstance(rows[0]["chosen"], list)
     (rows.remove_columns("prompt") if both else rows).to_parquet(
         args.work / "trl.parquet"

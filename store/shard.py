@@ -24,8 +24,8 @@ from store.manifest import Identity, ShardReport, check_same
 from store.schema import FORMAT_VERSION, SCHEMA
 
 FOOTER_THREADS = 2
-"""That open shards side by side. Opening one is mostly Python, which runs one thread at a time: six on two cores took 1.2 times as long as two and
-1.5 times the CPU time of none. Two still hide some of a network file system's latency."""
+"""That open shards side by side. Opening one is mostly Python, which runs one thread at a time: six on two cores took 1.2 to 1.3 times as long as
+two, and 1.6 to 1.9 times the CPU time of a plain loop (docs/benchmarks.md)."""
 
 ROW_GROUP_PAIRS, ROW_GROUP_TOKENS = 64, 1 << 18
 """A row group, the unit that random access decodes, is 64 pairs, or as many as have so many tokens: short pairs in small groups would make
