@@ -1,13 +1,16 @@
 """Does a sealed store still hold what its manifest lists? Three depths, each including the one before."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from store.errors import StoreError
 from store.manifest import MANIFEST, Manifest, check_same
 from store.seal import sha256_of
-from store.shard import FOOTER_THREADS, read_footer
+from store.shard import in_stretches, read_footer
 
 Check = Literal["none", "footers", "sha256"]
 """How closely to look: file names and sizes only; the footers too; every byte."""
@@ -18,11 +21,19 @@ def damage(store: Path, manifest: Manifest, check: Check) -> list[StoreError]:
     if check not in ("none", "footers", "sha256"):
         raise ValueError(f"check must be none, footers or sha256, is {check!r}")
     found = _listing(store, manifest)
-    for look in (_footer, _sha256)[: ("none", "footers", "sha256").index(check)]:
+
+    def footers(shards: Sequence[int]) -> list[StoreError]:
+        return [error for index in shards if (error := _footer(store, manifest, index)) is not None]
+
+    def not_yet_bad() -> list[int]:
         bad = {error.where for error in found}
-        numbers = [i for i, shard in enumerate(manifest.shards) if store / shard.name not in bad]
-        with ThreadPoolExecutor(FOOTER_THREADS if look is _footer else None) as threads:
-            found += filter(None, threads.map(lambda i, look=look: look(store, manifest, i), numbers))
+        return [index for index, shard in enumerate(manifest.shards) if store / shard.name not in bad]
+
+    if check != "none":
+        found += chain.from_iterable(in_stretches(footers, not_yet_bad()))
+    if check == "sha256":
+        with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter: one file per core at a time
+            found += filter(None, threads.map(partial(_sha256, store, manifest), not_yet_bad()))
     return sorted(found, key=lambda error: str(error.where))
 
 

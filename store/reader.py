@@ -9,7 +9,6 @@ A pair's position counts the pairs of the store in the order of their source row
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +24,9 @@ from store.integrity import Check, advice, damage
 from store.manifest import MANIFEST, Identity, Manifest
 from store.schema import SCHEMA
 from store.seal import unsealed
-from store.shard import FOOTER_THREADS
+from store.shard import in_stretches
 
 TOKEN_COUNTS = ("num_prompt_tokens", "num_chosen_tokens", "num_rejected_tokens")
-
-STRETCH = 256
-"""Shards whose columns are read before they are put together."""
 
 SHORT_COLUMNS = tuple(name for name in SCHEMA.names if not pa.types.is_list(SCHEMA.field(name).type))
 """The columns of one value per pair: everything but ids and per-token values."""
@@ -101,15 +97,15 @@ class Store:
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all pairs, in the order of positions."""
 
-        def read(shard: int) -> pa.Table:
+        def of_shard(shard: int) -> pa.Table:
             with self._opened(shard) as file:
                 return file.read(columns=list(names), use_threads=False)
 
-        shards = range(len(self.manifest.shards))
-        with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-            # A stretch of shards at a time becomes one chunk: thousands of small tables take more memory than what is in them.
-            stretches = [shards[first : first + STRETCH] for first in shards[::STRETCH]]
-            return _table(names, [_table(names, threads.map(read, each)).combine_chunks() for each in stretches])
+        def of_stretch(shards: Sequence[int]) -> pa.Table:
+            # One chunk: thousands of small tables take more memory than what is in them.
+            return _table(names, map(of_shard, shards)).combine_chunks()
+
+        return _table(names, in_stretches(of_stretch, range(len(self.manifest.shards))))
 
     def read(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """The pairs at `positions` (0 … num_pairs - 1, in the order of rows), in the order asked; a position may repeat.

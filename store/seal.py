@@ -3,7 +3,8 @@
 import hashlib
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from store import disk, record
 from store.errors import StoreError
 from store.folder import missing_shards
 from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, check_same, rerun, totals_of
-from store.shard import FOOTER_THREADS, Sidecar, part_name, read_footer
+from store.shard import Sidecar, in_stretches, part_name, read_footer
 
 
 def seal(store: Path, identity: Identity, provenance: dict[str, Any], preset: str | None) -> Manifest:
@@ -52,8 +53,11 @@ def sha256_of(path: Path) -> str:
 def _write_manifest(store: Path, identity: Identity, provenance: dict[str, Any], preset: str | None) -> None:
     paths = [store / part_name(index) for index in range(identity.num_shards)]
     sidecars = _sidecars(store)
-    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-        described = list(threads.map(lambda path: _describe(path, identity, sidecars.get(path.name, [])), paths))
+
+    def describe(stretch: Sequence[Path]) -> list:
+        return [_describe(path, identity, sidecars.get(path.name, [])) for path in stretch]
+
+    described = list(chain.from_iterable(in_stretches(describe, paths)))
     manifest = Manifest(
         **vars(totals_of([report for report, _, _ in described])),
         identity=identity,

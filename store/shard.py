@@ -10,6 +10,8 @@ A kill on the way leaves nothing under a final name.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,12 @@ from store.errors import StoreError
 from store.manifest import Identity, ShardReport, check_same
 from store.schema import FORMAT_VERSION, SCHEMA
 
-FOOTER_THREADS = 2
+STRETCH = 16
+"""Shards that one thread opens before it hands over what it found: one at a time, handing over took as long as opening."""
+
+THREADS = 2
 """That open shards side by side. Opening one is mostly Python, which runs one thread at a time: six on two cores took 1.2 to 1.3 times as long as
-two, and 1.6 to 1.9 times the CPU time of a plain loop (docs/benchmarks.md)."""
+two (docs/benchmarks.md). Two hide some of a network file system's latency."""
 
 ROW_GROUP_PAIRS, ROW_GROUP_TOKENS = 64, 1 << 18
 """A row group, the unit that random access decodes, is 64 pairs, or as many as have so many tokens: short pairs in small groups would make
@@ -41,6 +46,13 @@ class Sidecar:
     size: int
     sha256: str
     provenance: dict[str, Any]
+
+
+def in_stretches(work: Callable[[Sequence], Any], shards: Sequence) -> list:
+    """What `work` returns for each stretch of `shards`, in order; for reading footers and a few columns of all shards."""
+    stretches = [shards[first : first + STRETCH] for first in range(0, len(shards), STRETCH)]
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(work, stretches))
 
 
 def part_name(index: int) -> str:

@@ -56,7 +56,7 @@ def test_read_returns_what_was_published(big):
 @pytest.mark.parametrize("stretch", [1, 2, 3])
 def test_columns_are_whole_wherever_their_stretches_end(big, monkeypatch, stretch):
     path, pairs = big
-    monkeypatch.setattr("store.reader.STRETCH", stretch)
+    monkeypatch.setattr("store.shard.STRETCH", stretch)
     columns = open_store(path).columns(["row", "num_chosen_tokens"])
     assert columns.equals(pairs.select(["row", "num_chosen_tokens"]))
     assert columns["row"].num_chunks == -(-3 // stretch)
