@@ -6,8 +6,8 @@
 The rows are the stretch of the file, in its order, that stands best for the whole: of all stretches of so many rows the one whose tokens per
 pair, as each contender computes them, are nearest to the set's. The set's own counts are printed beside the stretch's.
 
-Each contender goes from raw rows to readable log-probs, the model's loading included: TRL by constructing DPOTrainer with
-precompute_ref_log_probs=True, ours by one worker that seals a store. Scoring alone, without loading, is then timed beside the bare products
+Each contender goes from raw rows to readable log-probs in a process of its own, the model's loading included: TRL by constructing DPOTrainer
+with precompute_ref_log_probs=True, ours by one worker that seals a store. Scoring alone, without loading, is then timed beside the bare products
 of the same tokens, batch by batch in turn, so that both see the same machine: the linear layers with the model's own weights, by PyTorch and
 by the kernel that ours uses; attention's two products over what each branch sees, by flash attention's tile and the triangle at half the
 square; the head on the completion positions.
@@ -18,9 +18,11 @@ of a large product in the same dtype.
 """
 
 import argparse
+import multiprocessing
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
@@ -34,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import Process
 from precompute.attention import packed_attention
-from precompute.cpu import fast_on_cpu, linear
+from precompute.cpu import fast_on_cpu, keep_freed_memory, linear
 from precompute.model import load_model
 from precompute.packing import PackedBatch, Sequence, pack, plan
 from precompute.pairs import Pair, tokenize_rows
@@ -42,6 +44,12 @@ from precompute.scoring import HEAD_TILE, score_packed
 from precompute.worker import PrecomputeConfig, run
 from store import DTYPES
 from store.reader import Store, open_store
+
+
+def in_fresh_process(work, *arguments):
+    """What one contender does to its process (how malloc behaves, for one) must not reach the next."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def now() -> float:
@@ -149,6 +157,8 @@ def choose(rows: datasets.Dataset, args) -> tuple[range, dict, dict]:
 def time_scoring_and_products(args, store: Store) -> dict[str, float]:
     """Seconds of scoring the store's pairs again, of its bare products by PyTorch and by our kernel, and FLOPs; batch by batch in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as the worker does; the products gain from it too
     model = load_model(args.model, revision=None, dtype=args.dtype, device=device)
     head = model.get_output_embeddings().weight
     layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
@@ -263,7 +273,7 @@ def main() -> None:
         if args.shape:
             args.model = str(folder / "model")
             make_model(args.shape, AutoTokenizer.from_pretrained(args.tokenizer), args.dtype, folder / "model")
-        datasets.config.HF_DATASETS_CACHE = folder / "cache"  # nothing of an earlier run is reused
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # for the contenders: nothing of an earlier run is reused
         rows = datasets.load_dataset("parquet", data_files=str(args.dataset), split="train", cache_dir=str(folder / "cache"))
         columns = [name for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs") if name in rows.column_names]
         rows = rows.select_columns(columns)
@@ -280,11 +290,11 @@ def main() -> None:
         source = folder / "rows.parquet"
         rows.to_parquet(source)
 
-        ours, store = time_ours(args, source, folder / "store")
+        ours, store = in_fresh_process(time_ours, args, source, folder / "store")
         sums = store.lengths()
         sums = np.stack([sums["ref_chosen_logps"].to_numpy(), sums["ref_rejected_logps"].to_numpy()], axis=1)
         print(f"ours, whole command     {ours:8.1f} s", flush=True)
-        limit = time_scoring_and_products(args, store)
+        limit = in_fresh_process(time_scoring_and_products, args, store)
         print(f"  scoring alone         {limit['scoring']:8.1f} s   {limit['tokens'] / limit['scoring']:.0f} tokens/s")
         if torch.cuda.is_available():
             rate, peak = limit["flops"] / limit["scoring"], peak_rate(torch.device("cuda"), getattr(torch, args.dtype))
@@ -298,7 +308,7 @@ def main() -> None:
         for batch_size in args.trl_batch_sizes:
             # A copy in its own file each time: TRL caches by content.
             fresh = datasets.Dataset.from_list(trl_rows.to_list(), features=trl_rows.features)
-            times[batch_size], theirs = time_trl(args, fresh, batch_size, folder / f"trl{batch_size}")
+            times[batch_size], theirs = in_fresh_process(time_trl, args, fresh, batch_size, folder / f"trl{batch_size}")
             difference = np.abs(theirs - sums).max() if len(theirs) == len(sums) else float("nan")
             print(
                 f"TRL, batch size {batch_size:2d}      {times[batch_size]:8.1f} s   {times[batch_size] / ours:.2f} x ours;"

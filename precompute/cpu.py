@@ -1,10 +1,11 @@
-"""A float32 model on a CPU: linear layers by oneDNN, and when scoring, gated MLPs a few hundred tokens at a time.
+"""A float32 model on a CPU: linear layers by oneDNN, and when scoring, gated MLPs a few hundred tokens at a time and memory that stays.
 
 PyTorch computes float32 products on x86 with MKL. On the AMD cores measured (docs/benchmarks.md) oneDNN, which PyTorch ships as well, is 1.2
 to 1.5 times as fast at the shapes of a language model. An MLP's wide intermediate values, taken for all tokens of a packed row, leave the cache
 between its products; in tiles they stay. Together 1.2 times the whole forward. Same products, rounded elsewhere in the last bits.
 """
 
+import ctypes
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +14,17 @@ from transformers import PreTrainedModel
 
 MLP_TILE = 256
 """Tokens per core that pass through an MLP together: their intermediate values and a slice of the weights fit a core's L2 cache."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt(3), from malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, for good. glibc gives blocks of megabytes back to the kernel, and every layer's next one arrives
+    anew, a page fault and 4 kB of zeros at a time: a tenth of the time of scoring (docs/benchmarks.md). Other C libraries are left as they are."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_MAX, 0)  # no block by mmap, which would go back when freed
+        mallopt(M_TRIM_THRESHOLD, -1)  # and never give back the heap's end
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

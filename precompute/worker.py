@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from launch import Process, device, place_among_all
 from precompute.budget import largest_budget
+from precompute.cpu import keep_freed_memory
 from precompute.dataset import check_and_fingerprint, load_rows
 from precompute.model import (
     chat_template_sha256,
@@ -94,6 +95,8 @@ def run(config: PrecomputeConfig, process: Process) -> Manifest:
 def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manifest:
     where = device(process.local_rank)
     rows, tokenizer, model, identity = load_inputs(config, where)
+    if where.type == "cpu":
+        keep_freed_memory()  # from here on: what loading took and freed goes back
     prepare_store(config.ref_store, identity)
     if config.layout == "packed":
         self_test(model, config.dtype)

@@ -1,5 +1,9 @@
 """The fast forward on a CPU: same numbers as the model's own, tiles that do not divide the row, and the model as it was afterwards."""
 
+import resource
+import subprocess
+import sys
+
 import pytest
 import tiny
 import torch
@@ -55,3 +59,25 @@ def test_other_dtypes_keep_pytorchs_own_product():
     model = tiny.make_model("llama").to(torch.bfloat16)
     with fast_on_cpu(model):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_freed_memory_is_used_again_without_page_faults():
+    """In a process of its own, for it is for good: pages of a block of 64 MB, written, freed and allocated again."""
+    program = """
+import platform, resource, sys, torch
+from precompute.cpu import keep_freed_memory
+if platform.libc_ver()[0] != "glibc": sys.exit(77)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), print(faults())
+keep_freed_memory()
+faults(), print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("not glibc")
+    before, after = map(int, done.stdout.split())
+    pages = (64 << 20) // resource.getpagesize()
+    assert before > pages // 600 and after < before // 10, done.stdout  # huge pages may make 512 times fewer
