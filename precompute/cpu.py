@@ -27,6 +27,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)  # and never give back the heap's end
 
 
+def give_back_freed_memory() -> None:
+    """Return to the kernel, once, the memory that this process has freed and kept. For what comes after the model's last forward."""
+    if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear, differentiable: x [..., in], weight [out, in], bias [out] or None -> [..., out], in their dtype."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from launch import Process, device, place_among_all
 from precompute.budget import largest_budget
-from precompute.cpu import keep_freed_memory
+from precompute.cpu import give_back_freed_memory, keep_freed_memory
 from precompute.dataset import check_and_fingerprint, load_rows
 from precompute.model import (
     chat_template_sha256,
@@ -144,6 +144,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if missing:
         done = identity.num_shards - len(missing_shards(config.ref_store, identity))
         raise stop.error(f"{done} of {identity.num_shards} shards are done", config.ref_store)
+    give_back_freed_memory()  # sealing holds every shard's footer
     recorded = {"layout": config.layout, "threads_per_worker": torch.get_num_threads()}
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
     while not (config.ref_store / MANIFEST).exists() and (held := claim_sealing(config.ref_store)) is None:
