@@ -189,12 +189,31 @@ class Manifest(Totals):
         value.pop("sha256", None)
         manifest = record.build(cls, value, path)
         if manifest.to_bytes() != data:
-            raise StoreError(
-                "altered after sealing: its content does not match its checksum",
-                where=path,
-                next=f"Restore the file, or delete it and re-run to seal the shards again: {rerun(manifest.identity, path.parent)}",
-            )
+            raise _altered("altered after sealing: its content does not match its checksum", manifest, path)
+        for name, (expected, holds) in _READ_PROVENANCE.items():
+            if name in manifest.provenance and not holds(found := manifest.provenance[name]):
+                raise _altered(f"malformed: provenance.{name} should be {expected}, is {str(found)[:80]}", manifest, path)
         return manifest
+
+
+def _altered(what: str, manifest: Manifest, path: Path) -> StoreError:
+    again = rerun(manifest.identity, path.parent)
+    return StoreError(what, where=path, next=f"Restore the file, or delete it and re-run to seal the shards again: {again}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1e18
+
+
+_READ_PROVENANCE = {
+    "seconds": ("a number", _is_number),
+    "waited": ("a number", _is_number),
+    "tokens_per_second": ("a number or null", lambda value: value is None or _is_number(value)),
+    "shards_by_worker": ("an object", lambda value: isinstance(value, dict)),
+    "shards_by_device": ("an object", lambda value: isinstance(value, dict)),
+    "layout": ("a string", lambda value: isinstance(value, str)),
+}
+"""Entries of the provenance that refdpo itself reads, as sealing writes them; all others are free."""
 
 
 def check_same(stored: Identity, now: Identity, where: object) -> None:

@@ -132,3 +132,23 @@ def test_canonical_json_has_one_spelling():
     assert record.canonical({"b": 1, "a": "é"}) == '{"a":"é","b":1}'.encode()
     with pytest.raises(ValueError):
         record.canonical({"a": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seconds", "0"),
+        ("waited", None),
+        ("seconds", -1),
+        ("tokens_per_second", 10**400),
+        ("shards_by_worker", ["a"]),
+        ("layout", 3),
+    ],
+)
+def test_provenance_that_is_read_has_the_right_types_even_under_a_right_checksum(tmp_path, name, value):
+    make_store(tmp_path / "store")
+    manifest = Manifest.load(tmp_path / "store" / MANIFEST)
+    changed = dataclasses.replace(manifest, provenance={**manifest.provenance, name: value, "free": [value]})
+    (tmp_path / "store" / MANIFEST).write_bytes(changed.to_bytes())
+    with pytest.raises(StoreError, match=f"provenance.{name} should be"):
+        open_store(tmp_path / "store")
