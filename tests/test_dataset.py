@@ -1,6 +1,9 @@
 """Loading and checking datasets, and their fingerprint."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -109,3 +112,28 @@ def test_unreadable_sources_are_refused(tmp_path):
     datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "dict")
     with pytest.raises(InputError, match="no such split.*--split test"):
         fingerprint(tmp_path / "dict")
+
+
+def write_text_rows(path, count):
+    texts = {side: [f"{side} {row} " + "word " * 20 for row in range(count)] for side in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(texts), path, row_group_size=10_000)
+    return path
+
+
+def anonymous_mb_after(sources: list[Path], cache: Path) -> list[float]:
+    """What the process owns after loading and fingerprinting each of the files, one after another."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    found = []
+    for source in sources:
+        fingerprint(source)
+        status = Path("/proc/self/status").read_text()
+        found.append(int(status.split("RssAnon:")[1].split()[0]) / 1000)
+    return found
+
+
+def test_a_large_dataset_leaves_no_more_memory_taken_than_a_small_one(tmp_path):
+    """Arrow keeps what converting a file took, tens of MB, unless told to give it back: the model's loading would come on top."""
+    sources = [write_text_rows(tmp_path / f"{count}.parquet", count) for count in (100, 100_000)]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        small, large = fresh.submit(anonymous_mb_after, sources, tmp_path / "cache").result()
+    assert large - small < 30
