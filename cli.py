@@ -473,9 +473,10 @@ def train_cmd(**options) -> None:
             record.refuse_other_run(config.output_dir)
         sys.exit(launch.run_torchrun(num_processes))
     with quiet_libraries():
-        from train.run import train
+        from train.run import leave, train
 
-        train(config)
+        with leave():
+            train(config)
 
 
 def _train_config(ref_store: Path, **given):

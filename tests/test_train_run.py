@@ -145,6 +145,37 @@ def test_a_launchers_environment_is_kept():
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["LOCAL_RANK"]) == ("node7", "29500", "1")
 
 
+ONE_RANK_ENDS = """
+import atexit, sys
+from torch import distributed
+from stop import Stopped
+from store.errors import InputError
+from train.run import leave
+
+atexit.register(lambda: print("joined" if distributed.is_initialized() else "left"))  # runs after what is registered later
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+with leave():
+    {end}
+assert distributed.is_initialized(), "DeepSpeed's groups would be gone for a second training in this process"
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "at_exit"),
+    [
+        ("pass", 0, "left"),
+        ("raise Stopped('told to')", 1, "left"),
+        ("raise SystemExit(75)", 75, "left"),
+        ("raise InputError('this rank alone')", 1, "joined"),
+    ],
+)
+def test_a_rank_leaves_the_others_at_its_end_unless_it_failed(tmp_path, end, code, at_exit):
+    """Gloo's threads must have ended before Python does, or it may abort."""
+    command = [sys.executable, "-c", ONE_RANK_ENDS.format(end=end), str(tmp_path / "ranks")]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.splitlines()[-1:]) == (code, [at_exit]), ended.stderr
+
+
 def started(config: TrainConfig, **changes) -> dict:
     return record.started(config, make_identity(**changes), {"dtype": "float32"}, max_length=64, batch=8)
 
