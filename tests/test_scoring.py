@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from precompute import attention
 from precompute.attention import packed_attention
-from precompute.packing import Sequence
+from precompute.packing import Sequence, pack
 from precompute.scoring import score
 from store.errors import InputError
 
@@ -77,6 +77,27 @@ def test_windows_longer_than_a_block_of_queries(block, monkeypatch):
     scored = score(model, sequences, layout="packed", tokens_per_batch=100_000)
     for sequence, logps in zip(sequences, scored, strict=True):
         np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("block", [7, 30])
+def test_branches_in_blocks(block, monkeypatch):
+    """Branches with and without context, cut into blocks, and some that are too short or too long for it."""
+    calls = []
+    in_blocks = attention._attend_in_blocks
+    monkeypatch.setattr(
+        attention, "_attend_in_blocks", lambda *arguments: calls.append(arguments[0].shape[2]) or in_blocks(*arguments)
+    )
+    for name, value in {"CAUSAL_BLOCK": block, "BLOCKED_FROM": 20, "BLOCKED_TO": 150}.items():
+        monkeypatch.setattr(attention, name, value)
+    model = tiny.make_model("llama")
+    sequences = pairs(seed=9, longest=120)
+    scored = score(model, sequences, layout="packed", tokens_per_batch=1000)
+    for sequence, logps in zip(sequences, scored, strict=True):
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+    branches = [branch for batch in pack(sequences, 1000) for branch in batch.branches]
+    lengths = [branch.stop - branch.start for branch in branches if 20 < branch.stop - branch.start <= 150]
+    assert sorted(calls) == sorted(lengths * model.config.num_hidden_layers)
+    assert len(lengths) < len(branches)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "olmo3"])
