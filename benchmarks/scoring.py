@@ -35,12 +35,11 @@ from shapes import SHAPES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import Process
-from precompute.attention import packed_attention
-from precompute.cpu import fast_on_cpu, keep_freed_memory, linear
+from precompute.cpu import keep_freed_memory, linear
 from precompute.model import load_model
 from precompute.packing import PackedBatch, Sequence, pack, plan
 from precompute.pairs import Pair, tokenize_rows
-from precompute.scoring import HEAD_TILE, score_packed
+from precompute.scoring import HEAD_TILE, ready_to_score, score_packed
 from precompute.worker import PrecomputeConfig, run
 from store import DTYPES
 from store.reader import Store, open_store
@@ -170,7 +169,7 @@ def time_scoring_and_products(args, store: Store) -> dict[str, float]:
             for pair in pairs
             for side in ("chosen_ids", "rejected_ids")
         ]
-        with packed_attention(model), fast_on_cpu(model):
+        with ready_to_score(model):
             for batch in pack(sequences, args.tokens_per_batch):
                 found["scoring"] += _timed(device, lambda batch=batch: score_packed(model, batch).cpu())
                 found["flops"] += _flops(model.config.get_text_config(), layers, head, batch)

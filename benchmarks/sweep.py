@@ -30,6 +30,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from precompute.cpu import keep_freed_memory
 from precompute.dataset import load_rows
 from precompute.model import load_model, load_tokenizer
 from precompute.pairs import tokenize_rows
@@ -39,6 +40,7 @@ from store.reader import open_store
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 
 def now() -> float:
@@ -48,6 +50,8 @@ def now() -> float:
 def throughput(args, budgets: list[int]) -> dict[int, tuple[float, float]]:
     """By budget: tokens per second that the model computes, and useful tokens per second."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as the worker does
     rows = load_rows(str(args.dataset), split="train", limit=args.rows)
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, revision=None, dtype=args.dtype, device=device)
@@ -129,6 +133,8 @@ def draw(speeds: dict, costs: dict, picture: Path) -> None:
         label=f"{start:.0f} s + {1000 * slope:.2f} s per 1,000 tokens",
     )
     right.set(xlabel="useful tokens in the dataset", ylabel="seconds, whole command", xlim=(0, None), ylim=(0, None))
+    right.xaxis.set_major_locator(MaxNLocator(5))
+    right.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ architectures that `packed` refuses.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from precompute.attention import packed_attention, packed_hidden
 from precompute.cpu import fast_on_cpu, linear
+from precompute.norms import fused_norms
 from precompute.packing import PackedBatch, Sequence, pack
 from store.errors import InputError
 
@@ -61,15 +63,27 @@ def score_batches(
                 np.array(indices), score_padded(model, members), len(members) * max(len(each.ids) for each in members)
             )
         return
-    with packed_attention(model), fast_on_cpu(model):
-        for batch in pack(sequences, tokens_per_batch):
-            scores = score_packed(model, batch).cpu().numpy()
+    with ready_to_score(model):
+        batches = pack(sequences, tokens_per_batch)
+        batch = next(batches, None)
+        while batch is not None:
+            scores = score_packed(model, batch)
+            following = next(batches, None)  # packed while a GPU computes
+            scores = scores.cpu().numpy()
             yield ScoredBatch(batch.members, [scores[slots] for slots in batch.slots], len(batch.input_ids))
+            batch = following
+
+
+@contextmanager
+def ready_to_score(model: PreTrainedModel):
+    """Inside the block `model` runs packed rows, with what makes it fast. Raises InputError for an architecture that cannot be packed."""
+    with packed_attention(model), fast_on_cpu(model), fused_norms(model):
+        yield
 
 
 @torch.inference_mode()
 def score_packed(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Float32 [N] on the model's device: log p(target | everything up to its predictor). Inside `packed_attention(model)` only."""
+    """Float32 [N] on the model's device: log p(target | everything up to its predictor). Inside `ready_to_score(model)` only."""
     refuse_unusual_head(model)
     predictors, targets = (torch.from_numpy(each).to(model.device) for each in (batch.predictors, batch.targets))
     return _head_logps(model, packed_hidden(model, batch), predictors, targets)
@@ -89,8 +103,10 @@ def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.
             entries = slice(first, first + num_entries)
             logits = linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries]).float()
             log_sums.append(logits.logsumexp(dim=1))
-            here = (target >= first) & (target < first + logits.shape[1])
-            target_logits[here] = logits[here, target[here] - first]
+            # By selection, not by a mask as index: that would make a GPU's queue run dry at every tile, for the mask's count.
+            place = target - first
+            found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+            target_logits = torch.where((place >= 0) & (place < logits.shape[1]), found, target_logits)
         logps[rows] = target_logits - torch.stack(log_sums).logsumexp(dim=0)
     return logps
 

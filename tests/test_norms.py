@@ -1,0 +1,82 @@
+"""RMS norms by `F.rms_norm`: the same numbers as the model's own, only where they are the same, and only inside the block."""
+
+import pytest
+import tiny
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, GemmaConfig, PreTrainedModel
+
+from precompute.norms import fused_norms
+
+IDS = torch.arange(2, 60)[None]
+
+
+def norms_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.base_model.modules() if "RMSNorm" in type(module).__name__]
+
+
+def num_fused(model: PreTrainedModel) -> int:
+    """How many norms of one forward ran as PyTorch's operator."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(input_ids=IDS)
+    return sum(event.count for event in profiled.key_averages() if event.key == "aten::rms_norm")
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_every_norm_is_fused_and_computes_the_same(kind):
+    model = tiny.make_model(kind)
+    for norm in norms_of(model):
+        norm.weight.normal_(1, 0.3)
+    with torch.inference_mode():
+        own = model(input_ids=IDS).logits
+        with fused_norms(model):
+            torch.testing.assert_close(model(input_ids=IDS).logits, own, atol=1e-5, rtol=0)
+            assert num_fused(model) == len(norms_of(model))
+    assert num_fused(model) == 0
+    assert not any("forward" in vars(norm) for norm in norms_of(model))
+
+
+def test_norms_that_compute_something_else_are_left_alone():
+    """Gemma's multiply by 1 + weight; Gemma's own weights are zero at first, OLMo's 1, so both are tried with others."""
+    gemma = GemmaConfig(**tiny.SMALL, head_dim=16)
+    model = AutoModelForCausalLM.from_config(gemma).eval().requires_grad_(False)
+    for norm in norms_of(model):
+        norm.weight.normal_(1, 0.3)
+    with fused_norms(model):
+        assert num_fused(model) == 0
+
+
+class EpsilonOutsideRMSNorm(torch.nn.Module):
+    def __init__(self, own: torch.nn.Module):
+        super().__init__()
+        self.weight, self.eps = own.weight, own.variance_epsilon
+
+    def forward(self, hidden_states):
+        return self.weight * hidden_states / (hidden_states.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+def test_a_norm_that_differs_in_its_epsilon_alone_is_left_alone():
+    model = tiny.make_model("llama")
+    model.model.norm = EpsilonOutsideRMSNorm(model.model.norm)
+    with fused_norms(model):
+        assert num_fused(model) == len(norms_of(model)) - 1
+
+
+def test_in_bfloat16_the_norm_is_no_further_from_the_exact_one():
+    model = tiny.make_model("llama").to(torch.bfloat16)
+    norm = model.model.norm
+    norm.weight.normal_(1, 0.3)
+    x = torch.randn(1, 200, 64).bfloat16()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.double()
+    own = (norm(x) - exact).abs().mean()
+    with fused_norms(model):
+        fused = norm(x)
+    assert fused.dtype == torch.bfloat16
+    assert 0 < (fused - exact).abs().mean() <= own
+
+
+def test_the_norms_come_back_after_an_exception():
+    model = tiny.make_model("llama")
+    with pytest.raises(RuntimeError, match="inside"), fused_norms(model):
+        raise RuntimeError("inside")
+    assert num_fused(model) == 0
