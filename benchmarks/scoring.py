@@ -8,8 +8,8 @@ pair, as each contender computes them, are nearest to the set's. The set's own c
 
 Each contender goes from raw rows to readable log-probs in a process of its own, the model's loading included: TRL by constructing DPOTrainer
 with precompute_ref_log_probs=True, ours by one worker that seals a store. Scoring alone, without loading, is then timed beside the bare products
-of the same tokens, batch by batch in turn, so that both see the same machine: the linear layers with the model's own weights, by PyTorch and
-by the kernel that ours uses; attention's two products over what each branch sees, by flash attention's tile and the triangle at half the
+of the same tokens, batch by batch in turn, so that both see the same machine: the linear layers with the model's own weights, by PyTorch's
+F.linear and by what ours uses (precompute/cpu.py; the same on cores without AVX-512); attention's two products over what each branch sees, by flash attention's tile and the triangle at half the
 square; the head on the completion positions.
 
 On the CPU times are the process's CPU seconds, which other load on the machine does not stretch; run it with OMP_NUM_THREADS=1, for idle
@@ -299,7 +299,7 @@ def main() -> None:
             rate, peak = limit["flops"] / limit["scoring"], peak_rate(torch.device("cuda"), getattr(torch, args.dtype))
             print(f"  model FLOPs           {rate / 1e12:8.1f} TFLOP/s, {rate / peak:.2f} of a large product's {peak / 1e12:.1f}")
         else:
-            for name, title in (("products", "bare products, PyTorch"), ("our_products", "bare products, oneDNN")):
+            for name, title in (("products", "products, F.linear"), ("our_products", "products, cpu.linear")):
                 print(
                     f"  {title:22}{limit[name]:8.1f} s   {limit[name] / limit['scoring']:.2f} of scoring (attention's {limit['attention']:.1f} s)"
                 )

@@ -1,8 +1,9 @@
-"""A float32 model on a CPU: linear layers by oneDNN, and when scoring, gated MLPs a few hundred tokens at a time and memory that stays.
+"""A float32 model on a CPU: products by the faster of PyTorch's two libraries, and when scoring, memory that stays.
 
-PyTorch computes float32 products on x86 with MKL. On the AMD cores measured (docs/benchmarks.md) oneDNN, which PyTorch ships as well, is 1.2
-to 1.5 times as fast at the shapes of a language model. An MLP's wide intermediate values, taken for all tokens of a packed row, leave the cache
-between its products; in tiles they stay. Together 1.2 times the whole forward. Same products, rounded elsewhere in the last bits.
+PyTorch computes float32 products on x86 with MKL, which has no AVX-512 for AMD's cores. On these oneDNN, which PyTorch ships as well, is 1.2 to
+1.5 times as fast at the shapes of a language model; on cores without AVX-512 MKL is 1.1 to 1.3 times as fast as oneDNN (docs/benchmarks.md).
+With oneDNN an MLP's wide intermediate values, taken for all tokens of a packed row, leave the cache between its products; in tiles they stay.
+Same products, rounded elsewhere in the last bits.
 """
 
 import ctypes
@@ -35,9 +36,19 @@ def give_back_freed_memory() -> None:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear, differentiable: x [..., in], weight [out, in], bias [out] or None -> [..., out], in their dtype."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if not _onednn_is_faster(x):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+
+
+def _onednn_is_faster(x: torch.Tensor) -> bool:
+    """Measured on AMD's cores of both kinds; on Intel's both libraries have AVX-512, and which one is faster was not measured."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,8 +77,8 @@ class _Linear(torch.autograd.Function):
 
 
 def use_fast_linears(model: PreTrainedModel) -> list[torch.nn.Linear]:
-    """Give the linear layers of the model's body `linear` as their forward; return those that were changed, none off the CPU or in another dtype."""
-    if model.device.type != "cpu" or model.dtype != torch.float32:
+    """Give the linear layers of the model's body `linear` as their forward where that differs from PyTorch's; return those that were changed."""
+    if not _onednn_is_faster(model.get_input_embeddings().weight):
         return []
     # Not subclasses, for an adapter's forward does more; not what somebody else replaced.
     layers = [each for each in model.base_model.modules() if type(each) is torch.nn.Linear and "forward" not in vars(each)]

@@ -12,13 +12,20 @@ from torch.profiler import ProfilerActivity, profile
 from precompute.cpu import fast_on_cpu, linear
 
 
+@pytest.fixture(params=["AVX512", "AVX2"])
+def capability(request, monkeypatch):
+    """Whatever this machine's cores have."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: request.param)
+    return request.param
+
+
 def forward(model, ids):
     with torch.inference_mode():
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_same_numbers_in_tiles_of_any_size(kind, monkeypatch):
+def test_same_numbers_in_tiles_of_any_size(kind, monkeypatch, capability):
     model = tiny.make_model(kind)
     ids = torch.randint(2, 384, (1, 53))
     plain = forward(model, ids)
@@ -29,7 +36,8 @@ def test_same_numbers_in_tiles_of_any_size(kind, monkeypatch):
     assert not any("forward" in vars(module) for module in model.modules())  # given back
 
 
-def test_every_linear_layer_takes_the_fast_product_and_mlps_run_in_tiles(monkeypatch):
+def test_with_avx512_every_linear_layer_takes_onednns_product_and_mlps_run_in_tiles(monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     model = tiny.make_model("qwen2")
     monkeypatch.setattr("precompute.cpu.MLP_TILE", 10)
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
@@ -42,8 +50,18 @@ def test_every_linear_layer_takes_the_fast_product_and_mlps_run_in_tiles(monkeyp
     assert "aten::linear" not in calls
 
 
+def test_without_avx512_every_product_is_pytorchs_own(monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    model = tiny.make_model("qwen2")
+    with fast_on_cpu(model), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        assert not any("forward" in vars(module) for module in model.modules())
+        forward(model, torch.randint(2, 384, (1, 53)))
+        linear(torch.ones(2, 3), torch.ones(5, 3), None)
+    assert not any("mkldnn" in event.key for event in profiled.key_averages())
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_gradients_are_those_of_pytorchs_own_product(with_bias):
+def test_gradients_are_those_of_pytorchs_own_product(with_bias, capability):
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 7, 8), (5, 8), (5,)))
     leaves = (x, weight, bias) if with_bias else (x, weight)
     weigh = torch.randn(2, 7, 5)
@@ -55,7 +73,7 @@ def test_gradients_are_those_of_pytorchs_own_product(with_bias):
         torch.testing.assert_close(a, b)
 
 
-def test_other_dtypes_keep_pytorchs_own_product():
+def test_other_dtypes_keep_pytorchs_own_product(capability):
     model = tiny.make_model("llama").to(torch.bfloat16)
     with fast_on_cpu(model):
         assert not any("forward" in vars(module) for module in model.modules())
