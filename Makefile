@@ -27,13 +27,13 @@ help:
 
 $(VENV): $(INSTALLED)
 
-# torch comes first: packages that look for it while they are built then find it. g++ and Python's headers are for DeepSpeed, which compiles
-# its CPU operator at first use.
+# torch comes first: packages that look for it while they are built then find it. g++ is for precompute/kernels.cpp and, with Python's
+# headers, for DeepSpeed's CPU operator: both are compiled at first use.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found (python3 is $$(python3 --version 2>&1)). Debian, Ubuntu: sudo apt-get install python3 python3-venv python3-dev. Elsewhere: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -c '$(IN_RANGE)' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); this project needs Python 3.11, 3.12 or 3.13." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. Debian, Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
-	@command -v g++ >/dev/null || { echo "g++ not found; DeepSpeed compiles its CPU operator with it. Debian, Ubuntu: sudo apt-get install g++" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ not found; scoring on a CPU and DeepSpeed compile their kernels with it. Debian, Ubuntu: sudo apt-get install g++" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || { echo "Python.h not found; DeepSpeed's CPU operator needs it. Debian, Ubuntu: sudo apt-get install python3-dev" >&2; exit 1; }
 	@echo "Installing into $(VENV) ($$($(PYTHON) --version)). The first time this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)

@@ -2,8 +2,8 @@
 
 Each branch sees its context and itself, causally, and within the layer's sliding window if it has one. On a GPU this is one
 `torch.nn.attention.varlen.varlen_attn` call per layer: flash attention that ships with PyTorch, bottom-right causal, which is what a branch
-over [context | branch] needs. On the CPU it is PyTorch's flash kernel per branch, or per block of one: once over what all its queries see, once
-causally over itself, merged by their log-sum-exps, so that no mask matrix exists.
+over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) when scoring in float32; with gradients, or in another dtype,
+PyTorch's flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps. No mask matrix exists.
 """
 
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from precompute import kernels
 from precompute.packing import Branch, PackedBatch
 from store.errors import InputError
 
@@ -21,11 +22,6 @@ NAME = "refdpo_packed"
 
 WINDOWED_BLOCK = 256
 """Queries per call where attention needs a mask (a sliding window on the CPU, float32 on a GPU); bounds the mask to 256 x (256 + window), or 256 x keys."""
-
-CAUSAL_BLOCK, BLOCKED_FROM, BLOCKED_TO = 96, 200, 1200
-"""Queries per call when scoring a branch of more than 200 and at most 1,200 tokens on a CPU. PyTorch's flash kernel takes keys 512 at a time, the unseen
-ones too: causally over a short branch half its work is for nothing. In blocks, over what is before and causally over the block, it is 1.2 to 1.3
-times as fast at 300 to 600 tokens (docs/benchmarks.md)."""
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -39,6 +35,7 @@ class PackedLayout:
         stretches = [(*branch.context, (branch.start, branch.stop)) for branch in branches]
         gather = np.concatenate([np.arange(start, stop) for parts in stretches for start, stop in parts])
         self.branches = branches
+        self.paths = kernels.Paths(branches)
         self.max_queries, self.max_keys = max(num_queries), max(num_keys)
         self.cu_queries = torch.tensor(np.cumsum([0, *num_queries]), dtype=torch.int32, device=device)
         self.cu_keys = torch.tensor(np.cumsum([0, *num_keys]), dtype=torch.int32, device=device)
@@ -101,6 +98,8 @@ def _attend_cuda(query, key, value, scaling, sliding_window, layout: PackedLayou
 
 
 def _attend_cpu(query, key, value, scaling, sliding_window, layout: PackedLayout) -> torch.Tensor:
+    if query.dtype == torch.float32 and torch.is_inference_mode_enabled():
+        return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=sliding_window)
     results = []
     for branch in layout.branches:
         own = slice(branch.start, branch.stop)
@@ -109,32 +108,12 @@ def _attend_cpu(query, key, value, scaling, sliding_window, layout: PackedLayout
         if sliding_window is not None and branch.num_context + branch.stop - branch.start > sliding_window:
             path_k, path_v = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
             result = _attend_windowed(q, path_k, path_v, scaling, sliding_window)
-        elif torch.is_inference_mode_enabled() and BLOCKED_FROM < branch.stop - branch.start <= BLOCKED_TO:
-            result = _attend_in_blocks(q, context_k, context_v, k, v, scaling)
+        elif branch.context:
+            result = _ContextAndBranch.apply(q, context_k, context_v, k, v, scaling)
         else:
-            result = _attend_branch(q, context_k, context_v, k, v, scaling)
+            result = _flash_cpu(q, k, v, 0.0, True, scale=scaling)[0]
         results.append(result.transpose(1, 2))
     return torch.cat(results, dim=1)  # branches cover the row in order
-
-
-def _attend_in_blocks(q, context_k, context_v, k, v, scaling) -> torch.Tensor:
-    """As `_attend_branch`, block by block of the branch: each takes the blocks before it for context."""
-    num_queries, num_context = q.shape[2], context_k.shape[2]
-    size = -(-num_queries // round(num_queries / CAUSAL_BLOCK))  # evenly
-    path_k, path_v = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
-    results = []
-    for start in range(0, num_queries, size):
-        own, before = slice(start, start + size), slice(0, num_context + start)
-        block = (q[:, :, own], path_k[:, :, before], path_v[:, :, before], k[:, :, own], v[:, :, own])
-        results.append(_attend_branch(*block, scaling))
-    return torch.cat(results, dim=2)
-
-
-def _attend_branch(q, context_k, context_v, k, v, scaling) -> torch.Tensor:
-    """q [1, H, L, D], k and v [1, Hkv, L, D], context [1, Hkv, C, D], which all queries see -> [1, H, L, D]."""
-    if context_k.shape[2]:
-        return _ContextAndBranch.apply(q, context_k, context_v, k, v, scaling)
-    return _flash_cpu(q, k, v, 0.0, True, scale=scaling)[0]
 
 
 class _ContextAndBranch(torch.autograd.Function):

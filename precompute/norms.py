@@ -1,8 +1,8 @@
-"""RMS norms by PyTorch's own operator while scoring.
+"""RMS norms as one operator while scoring: PyTorch's, or for float32 on a CPU the one of kernels.py.
 
 transformers writes a norm as seven operators, most of which read and write every token's values in float32. On a GPU that is memory traffic:
-counted for OLMo 3's 7B, half of what all element-wise work moves (docs/benchmarks.md), which `F.rms_norm` does in one kernel. On a CPU it
-computes the same numbers in the same time. In bfloat16 it rounds once, where Llama's and Qwen's own norms round before the weight's product as well.
+counted for OLMo 3's 7B, half of what all element-wise work moves (docs/benchmarks.md), which `F.rms_norm` does in one kernel. On a CPU it does
+not; there kernels.py does. In bfloat16 `F.rms_norm` rounds once, where Llama's and Qwen's own norms round before the weight's product as well.
 """
 
 import inspect
@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from precompute import kernels
+
 
 @contextmanager
 def fused_norms(model: PreTrainedModel):
-    """For scoring: inside the block every RMS norm of the model's body that computes what `F.rms_norm` computes runs as that. Others stay as they are."""
+    """For scoring: inside the block every RMS norm of the model's body that computes what `F.rms_norm` computes is one operator. Others stay as they are."""
     replaced: list[torch.nn.Module] = []
     same: dict[type, bool] = {}
     try:
@@ -52,4 +54,6 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 
 def _forward_of(module: torch.nn.Module):
+    if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        return lambda x: kernels.rms_norm(x, module.weight, _epsilon(module))
     return lambda x: F.rms_norm(x, module.weight.shape, module.weight, _epsilon(module))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from precompute.attention import packed_attention, packed_hidden
 from precompute.cpu import fast_on_cpu, linear
+from precompute.kernels import log_sum_exp
 from precompute.norms import fused_norms
 from precompute.packing import PackedBatch, Sequence, pack
 from store.errors import InputError
@@ -102,7 +103,7 @@ def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.
         for first in range(0, head.weight.shape[0], num_entries):
             entries = slice(first, first + num_entries)
             logits = linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries]).float()
-            log_sums.append(logits.logsumexp(dim=1))
+            log_sums.append(log_sum_exp(logits) if logits.device.type == "cpu" else logits.logsumexp(dim=1))
             # By selection, not by a mask as index: that would make a GPU's queue run dry at every tile, for the mask's count.
             place = target - first
             found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from precompute import attention
-from precompute.attention import packed_attention
+from precompute.attention import packed_attention, packed_hidden
 from precompute.packing import Sequence, pack
 from precompute.scoring import score
 from store.errors import InputError
@@ -68,36 +68,19 @@ def test_the_head_in_tiles(monkeypatch):
         np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("block", [7, 64])
-def test_windows_longer_than_a_block_of_queries(block, monkeypatch):
-    """Branches longer than one block of windowed attention, and windows that end inside prompt, context and branch."""
+@pytest.mark.parametrize(("kind", "block"), [("llama", 256), ("olmo3", 7), ("olmo3", 64)])
+def test_the_forward_of_training_on_a_cpu(kind, block, monkeypatch):
+    """Outside inference PyTorch's kernels run, which have gradients. Branches longer than one block of windowed attention, and windows that end
+    inside prompt, context and branch."""
     monkeypatch.setattr("precompute.attention.WINDOWED_BLOCK", block)
-    model = tiny.make_model("olmo3")
+    model = tiny.make_model(kind)
     sequences = pairs(seed=5, num=3, longest=200)
-    scored = score(model, sequences, layout="packed", tokens_per_batch=100_000)
-    for sequence, logps in zip(sequences, scored, strict=True):
-        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
-
-
-@pytest.mark.parametrize("block", [7, 30])
-def test_branches_in_blocks(block, monkeypatch):
-    """Branches with and without context, cut into blocks, and some that are too short or too long for it."""
-    calls = []
-    in_blocks = attention._attend_in_blocks
-    monkeypatch.setattr(
-        attention, "_attend_in_blocks", lambda *arguments: calls.append(arguments[0].shape[2]) or in_blocks(*arguments)
-    )
-    for name, value in {"CAUSAL_BLOCK": block, "BLOCKED_FROM": 20, "BLOCKED_TO": 150}.items():
-        monkeypatch.setattr(attention, name, value)
-    model = tiny.make_model("llama")
-    sequences = pairs(seed=9, longest=120)
-    scored = score(model, sequences, layout="packed", tokens_per_batch=1000)
-    for sequence, logps in zip(sequences, scored, strict=True):
-        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
-    branches = [branch for batch in pack(sequences, 1000) for branch in batch.branches]
-    lengths = [branch.stop - branch.start for branch in branches if 20 < branch.stop - branch.start <= 150]
-    assert sorted(calls) == sorted(lengths * model.config.num_hidden_layers)
-    assert len(lengths) < len(branches)
+    (batch,) = pack(sequences, 100_000)
+    with packed_attention(model), torch.no_grad():
+        hidden = packed_hidden(model, batch)[torch.from_numpy(batch.predictors)]
+        logps = model.get_output_embeddings()(hidden).log_softmax(-1).gather(1, torch.from_numpy(batch.targets)[:, None])[:, 0]
+    for index, slots in zip(batch.members, batch.slots, strict=True):
+        np.testing.assert_allclose(logps.numpy()[slots], plain(model, sequences[index]), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "olmo3"])
