@@ -260,7 +260,8 @@ void attend(const Row& row, const PackedKeys& packed, int64_t branch, int64_t he
     for (int64_t r = 0; r < num_rows; r++) {
         const int64_t source = first_row + r;
         float* to = row.out + ((start + source / group) * row.num_heads + head * group + source % group) * depth;
-        for (int64_t channel = 0; channel < depth; channel++) to[channel] = out[r * channels + channel] / total[r];
+        const float scale = 1.0f / total[r];
+        for (int64_t channel = 0; channel < depth; channel++) to[channel] = out[r * channels + channel] * scale;
     }
 }
 
