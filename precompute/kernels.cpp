@@ -44,21 +44,21 @@ inline Floats load(const float* from) {
 inline void store(float* to, Floats value) { memcpy(to, &value, sizeof value); }
 inline Floats all(float value) { return value - Floats{}; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
-inline float maximum(Floats a) {
-    float most = a[0];
-    for (int lane = 1; lane < LANES; lane++) most = std::max(most, a[lane]);
-    return most;
+template <int STEP = LANES / 2, class Combine>
+inline float reduce(Floats a, Combine combine) {  // every lane with the one STEP away, then half of that away, to the neighbour
+    Ints other;
+    for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ STEP;
+    a = combine(a, __builtin_shuffle(a, other));
+    if constexpr (STEP > 1) return reduce<STEP / 2>(a, combine);
+    return a[0];
 }
-inline float sum(Floats a) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += a[lane];
-    return total;
-}
+inline float maximum(Floats a) { return reduce(a, [](Floats b, Floats c) { return maximum(b, c); }); }
+inline float sum(Floats a) { return reduce(a, [](Floats b, Floats c) { return b + c; }); }
 
 // 2^x for x <= 0 to 2e-7 of itself: the nearest integer goes to the exponent's bits, the rest, at most a half, through a polynomial (least
 // squares of the relative error). Below 2^-126 it is 0. A NaN stays one: the comparison is false for it.
 inline Floats exp2_of(Floats x) {
-    const Floats least = all(-127.0f), round = all(12582912.0f);  // 1.5 * 2^23: a sum's last bit is then 1
+    const Floats least = all(-127.0f), round = all(12582912.0f);  // 1.5 * 2^23: a float of that size has no bits for fractions
     x = x < least ? least : x;
     const Floats rounded = x + round, rest = x - (rounded - round);
     Floats power = all(1.53375768e-4f);

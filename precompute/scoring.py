@@ -22,7 +22,8 @@ from precompute.packing import PackedBatch, Sequence, pack
 from store.errors import InputError
 
 SCORER_VERSION = 1
-"""Part of a store's identity: raised when a change here or in pairs.py changes what is scored or how it is rounded."""
+"""Part of a store's identity: raised when a change here or in pairs.py changes what is scored or in what precision. Kernels differ in the last
+bits anyway (docs/store-format.md); another one is no new version."""
 
 HEAD_TILE = {"cpu": (1024, 2048), "cuda": (2048, 1 << 20)}
 """Completion positions x vocabulary entries whose logits exist at a time. A CPU's tile stays in cache between the product and its
