@@ -1,5 +1,7 @@
 """RMS norms as one operator: the same numbers as the model's own, only where they are the same, and only inside the block."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -33,10 +35,12 @@ def test_every_norm_is_fused_and_computes_the_same(kind):
     for norm in norms_of(model):
         norm.weight.normal_(1, 0.3)
     with torch.inference_mode():
-        own = model(input_ids=IDS).logits
+        exact = copy.deepcopy(model).double()(input_ids=IDS).logits
+        own = (model(input_ids=IDS).logits - exact).abs().mean()
         with fused_norms(model):
-            torch.testing.assert_close(model(input_ids=IDS).logits, own, atol=1e-5, rtol=0)
+            fused = (model(input_ids=IDS).logits - exact).abs().mean()
             assert num_fused(model) == len(norms_of(model))
+    assert fused < 1.5 * own  # both are sums of roundings, in another order
     assert num_fused(model) == 0
     assert not any("forward" in vars(norm) for norm in norms_of(model))
 
