@@ -472,11 +472,12 @@ def train_cmd(**options) -> None:
         if record.checkpoint_of(config) is None:
             record.refuse_other_run(config.output_dir)
         sys.exit(launch.run_torchrun(num_processes))
-    with quiet_libraries():
-        from train.run import leave, train
+    from train.leave import leave
 
-        with leave():
-            train(config)
+    with leave(), quiet_libraries():
+        from train.run import train
+
+        train(config)
 
 
 def _train_config(ref_store: Path, **given):

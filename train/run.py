@@ -7,15 +7,12 @@
 5. save       output_dir: model, tokenizer, run.json     run.json is written first as well, so that --resume knows what it continues
 """
 
-import atexit
 import json
 import os
 import resource
 import socket
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -239,25 +236,6 @@ def join(process: Process) -> None:
         )
     environ["MASTER_ADDR"] = "127.0.0.1"
     environ["MASTER_PORT"] = str(_free_port() if process.world == 1 else 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
-
-
-@contextmanager
-def leave() -> Iterator[None]:
-    """Once this process ends, leave the other ranks after what they end together, done or stopped. Where Gloo's threads still run when
-    Python ends, the process can abort with everything written (`terminate called without an active exception`: 2 of 40 runs on a busy
-    machine) and its launcher reports a failure. Not at once: DeepSpeed keeps its groups, and a second training in this process would use
-    them. Not after an error: that may be this rank's alone, and NCCL would wait for the others."""
-    try:
-        yield
-    except (Stopped, SystemExit):
-        atexit.register(_destroy_process_group)
-        raise
-    atexit.register(_destroy_process_group)
-
-
-def _destroy_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def policy_of(config: TrainConfig, identity: Identity) -> Policy:
