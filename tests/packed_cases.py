@@ -25,6 +25,7 @@ from store.reader import open_store
 from train.balance import RELATE_PAIRS, Shape, deal, deal_whole
 from train.config import LOSS_TYPES, TrainConfig
 from train.data import dataset_of, lengths_of
+from train.leave import leave
 from train.run import train
 from train.trainer import StoreDPOTrainer
 
@@ -236,8 +237,8 @@ def main() -> None:
     if RANK == 0:
         (FOLDER / f"results-{'-'.join([str(WORLD), *sys.argv[2:]])}.json").write_text(json.dumps(results | {"seconds": seconds}))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with leave():
+        main()

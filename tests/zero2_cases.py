@@ -30,6 +30,7 @@ from store.errors import RefdpoError
 from store.reader import open_store
 from train.config import TrainConfig
 from train.data import dataset_of
+from train.leave import leave
 from train.run import train
 from train.trainer import StoreDPOTrainer
 
@@ -240,8 +241,8 @@ def main() -> None:
         staged.write_text(json.dumps(results | {"seconds": seconds}))
         shutil.move(staged, FOLDER / "results.json")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with leave():
+        main()
