@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from launch import Process, device, place_among_all
+from precompute import kernels
 from precompute.budget import largest_budget
 from precompute.cpu import give_back_freed_memory, keep_freed_memory
 from precompute.dataset import check_and_fingerprint, load_rows
@@ -156,7 +157,11 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
 
 def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
     """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed."""
-    with ThreadPoolExecutor(1) as background:
+    with ThreadPoolExecutor(2) as background:
+        if where.type == "cpu" and config.dtype == "float32":
+            compiled = background.submit(kernels.library)  # takes a second where it is the first time
+        else:
+            compiled = None
         rows = load_rows(config.dataset, split=config.split, revision=config.dataset_revision, limit=config.limit)
         fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads
         tokenizer = load_tokenizer(
@@ -192,6 +197,8 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
             shard_size=shard_size,
             scorer_version=SCORER_VERSION,
         )
+        if compiled is not None:
+            compiled.result()
     _check_fits(model, len(tokenizer), config)
     return rows, tokenizer, model, identity
 
