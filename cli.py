@@ -10,6 +10,7 @@ import click
 
 from store import DTYPES
 from store.errors import InputError, RefdpoError
+from train.leave import leave
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -472,9 +473,7 @@ def train_cmd(**options) -> None:
         if record.checkpoint_of(config) is None:
             record.refuse_other_run(config.output_dir)
         sys.exit(launch.run_torchrun(num_processes))
-    from train.leave import leave
-
-    with leave(), quiet_libraries():
+    with quiet_libraries():
         from train.run import train
 
         train(config)
@@ -803,5 +802,11 @@ def quiet_libraries():
     yield
 
 
+def run() -> None:
+    """The command as a process of its own; `main` runs in any process, a test's for one, and leaves its end alone."""
+    with leave():
+        main()
+
+
 if __name__ == "__main__":
-    main()
+    run()

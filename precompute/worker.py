@@ -158,10 +158,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
 def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
     """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed."""
     with ThreadPoolExecutor(2) as background:
-        if where.type == "cpu" and config.dtype == "float32":
-            compiled = background.submit(kernels.library)  # takes a second where it is the first time
-        else:
-            compiled = None
+        needed = where.type == "cpu" and config.layout == "packed"
+        compiled = background.submit(kernels.library) if needed else None  # takes a second where it is the first time
         rows = load_rows(config.dataset, split=config.split, revision=config.dataset_revision, limit=config.limit)
         fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads
         tokenizer = load_tokenizer(

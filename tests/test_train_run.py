@@ -151,17 +151,26 @@ RUNNING_THREAD = """
 #include <thread>
 static std::thread thread([] { std::this_thread::sleep_for(std::chrono::seconds(60)); });  // a destructor finds it running: std::terminate
 """
-ONE_RANK_ENDS = """
+COMMAND = """
 import sys
-from train.leave import leave
-with leave():
+import cli
+
+library, ranks = sys.argv[1:]
+
+@cli.main.command("end")
+def end():
     import atexit, ctypes
+    from torch import distributed
     from stop import Stopped
     from store.errors import InputError
     atexit.register(print, "its handlers have run")
-    ctypes.CDLL(sys.argv[1])
+    ctypes.CDLL(library)
+    {join}
     {end}
+
+sys.argv[1:] = ["end"]
 """
+JOIN = 'distributed.init_process_group("gloo", init_method="file://" + ranks, rank=0, world_size=1)'
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +183,35 @@ def running_thread(tmp_path_factory) -> Path:
     return library
 
 
+def ended(running_thread: Path, folder: Path, run: str, **parts: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", COMMAND.format(**parts) + run, str(running_thread), str(folder / "ranks")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.stdout == "its handlers have run\n", done.stderr
+    return done
+
+
 @pytest.mark.parametrize(
-    ("end", "code"),
+    ("join", "end", "code"),
     [
-        ("pass", 0),
-        ("raise SystemExit(75)", 75),
-        ("raise Stopped('told to')", 75),
-        ("raise InputError('this rank alone')", -signal.SIGABRT),
+        (JOIN, "pass", 0),
+        (JOIN, "raise SystemExit(75)", 75),
+        (JOIN, "raise Stopped('told to')", 75),
+        (JOIN, "raise InputError('this rank alone')", InputError.exit_code),
+        (JOIN, "raise RuntimeError('a bug')", -signal.SIGABRT),
+        ("pass", "pass", -signal.SIGABRT),
     ],
 )
-def test_a_rank_that_ended_with_the_others_is_not_aborted(running_thread, end, code):
-    command = [sys.executable, "-c", ONE_RANK_ENDS.format(end=end), str(running_thread)]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (code, "its handlers have run\n"), ended.stderr
+def test_a_rank_is_not_aborted_at_its_end(running_thread, tmp_path, join, end, code):
+    run = "cli.run()"
+    done = ended(running_thread, tmp_path, run, join=join, end=end)
+    assert done.returncode == code, done.stderr
+
+
+def test_a_command_in_a_process_of_others_leaves_its_end_alone(running_thread, tmp_path):
+    """As in these tests: pytest's exit code would be lost."""
+    run = "cli.main(standalone_mode=False, args=['end']); sys.exit(3)"
+    done = ended(running_thread, tmp_path, run, join=JOIN, end="pass")
+    assert done.returncode == -signal.SIGABRT, done.stderr
 
 
 def started(config: TrainConfig, **changes) -> dict:

@@ -6,27 +6,23 @@ Gloo's threads run for as long as its groups exist, and DeepSpeed keeps those in
 """
 
 import atexit
-import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stop import Stopped
-
 
 @contextmanager
 def leave() -> Iterator[None]:
-    """After a block that all ranks end together, done or stopped, this process ends right after its exit handlers, with the same exit code.
+    """Around all that a process does: if it joined other ranks, it ends right after its exit handlers, with the exit code it would have had.
 
     Enter it before torch is imported: handlers run last come first, and this one must be the last (Weights & Biases, for one, uploads in its
-    own). After an error nothing is changed: its exit code says enough.
+    own). After a traceback nothing is changed: its exit code says enough.
     """
     code = None
 
     def end() -> None:
-        if code is not None:
-            logging.shutdown()  # its handler came before this one
+        if code is not None and "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -35,9 +31,6 @@ def leave() -> Iterator[None]:
     try:
         yield
         code = 0
-    except Stopped as stopped:
-        code = stopped.exit_code
-        raise
     except SystemExit as ended:
         code = ended.code
         raise
