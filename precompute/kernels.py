@@ -143,11 +143,11 @@ def library() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    advice = "Debian, Ubuntu: sudo apt-get install g++. Another one: CXX=/path/to/compiler."
+    advice = "Debian, Ubuntu: sudo apt-get install g++. Another one: CXX=/path/to/compiler. None at all: --layout padded."
     try:
         done = subprocess.run([compiler, *FLAGS, "-o", path, SOURCE], check=False, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise InputError("scoring in float32 on a CPU needs a C++ compiler", where=compiler, found="none", next=advice) from error
+        raise InputError("packed scoring on a CPU needs a C++ compiler", where=compiler, found="none", next=advice) from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
         raise InputError(f"the CPU's kernels do not compile: {said}", where=f"{compiler} {SOURCE}", next=advice)

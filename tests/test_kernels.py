@@ -1,5 +1,6 @@
 """The CPU's kernels against the same formulas in float64, in every width of register that they can be compiled for."""
 
+import json
 import os
 import platform
 import subprocess
@@ -7,8 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from click.testing import CliRunner
 
+import cli
 from precompute import kernels
 from precompute.kernels import Paths, log_sum_exp, packed_attention, rms_norm
 from precompute.packing import Branch, Sequence, pack
@@ -215,6 +219,22 @@ def test_without_a_compiler_the_error_says_what_to_install(fresh, monkeypatch):
     with pytest.raises(InputError, match="do not compile"):
         kernels.library()
     assert not list(fresh.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "code"), [("packed", "float32", 2), ("packed", "bfloat16", 2), ("padded", "float32", 0)]
+)
+def test_only_packed_scoring_needs_the_compiler(fresh, tmp_path, monkeypatch, layout, dtype, code):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = tiny.save(tmp_path / "model")
+    row = {"prompt": "Why? ", "chosen": "Because it can.", "rejected": "No."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    options = {"dataset": tmp_path / "rows.jsonl", "model": model, "ref-store": tmp_path / "store", "num-workers": 1}
+    options |= {"max-length": 64, "layout": layout, "dtype": dtype}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    result = CliRunner().invoke(cli.main, ["precompute", *words])
+    assert result.exit_code == code, result.output
+    assert ("packed scoring on a CPU needs a C++ compiler" in result.output) == bool(code)
 
 
 def test_a_compiler_that_fails_is_quoted(fresh, tmp_path, monkeypatch):
