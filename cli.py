@@ -274,18 +274,18 @@ def _report_store(path: Path, code: int, show: str = "text") -> None:
     import shlex
 
     from precompute.report import describe
-    from store.manifest import MANIFEST, Manifest
+    from store.manifest import Manifest, manifest_path
 
-    if code == 0 and (path / MANIFEST).exists() and show == "json":
-        manifest = Manifest.load(path / MANIFEST)
+    if code == 0 and manifest_path(path).exists() and show == "json":
+        manifest = Manifest.load(manifest_path(path))
         counts = {
             "num_pairs": manifest.num_pairs,
             "num_rows": manifest.identity.num_rows,
             "num_unscorable": len(manifest.unscorable),
         }
         click.echo(json.dumps({"event": "sealed", "ref_store": str(path), **counts, "counts": manifest.counts}))
-    elif code == 0 and (path / MANIFEST).exists():
-        click.echo(describe(Manifest.load(path / MANIFEST), path))
+    elif code == 0 and manifest_path(path).exists():
+        click.echo(describe(Manifest.load(manifest_path(path)), path))
         quoted = shlex.quote(str(path))
         click.echo(f"Next: python cli.py train --ref-store {quoted}\n      python cli.py inspect --ref-store {quoted}")
     elif code == 0:

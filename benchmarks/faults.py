@@ -33,7 +33,7 @@ from store_samples import PROVENANCE, make_identity, make_shard
 from store.claim import claim, claim_sealing
 from store.errors import RefdpoError
 from store.folder import missing_shards, prepare_store
-from store.manifest import MANIFEST, Identity
+from store.manifest import MANIFEST, Identity, manifest_path
 from store.reader import open_store
 from store.seal import seal
 from store.shard import part_name, publish_shard
@@ -72,7 +72,7 @@ def work(store: Path, identity: Identity, begin: float = 0.0, pace: float = 0.0)
         missing = [index for index in missing if not (store / part_name(index)).exists()]
         if missing:
             time.sleep(0.002)
-    while not (store / MANIFEST).exists() and claim_sealing(store) is None:
+    while not manifest_path(store).exists() and claim_sealing(store) is None:
         time.sleep(0.002)
     seal(store, identity, {"layout": "packed"}, "demo")
 
@@ -95,7 +95,7 @@ def start(target: Callable, *arguments) -> multiprocessing.Process:
 def content(store: Path) -> dict[str, str]:
     """What a store holds, by file: hashes of the shards, and of the manifest without its provenance."""
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(store.glob("*.parquet"))}
-    manifest = json.loads((store / MANIFEST).read_text())
+    manifest = json.loads(manifest_path(store).read_text())
     manifest.pop("provenance")
     manifest.pop("sha256")
     found[MANIFEST] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -127,10 +127,10 @@ def random_kills(folder: Path, kills: int, seed: int = 0, num_shards: int = 24) 
     while killed < kills:
         store = folder / f"killed-{stores}"
         workers: list[multiprocessing.Process] = []
-        while not (store / MANIFEST).exists() or any(worker.is_alive() for worker in workers):
+        while not manifest_path(store).exists() or any(worker.is_alive() for worker in workers):
             wanted = rng.randint(1, 6)
             workers = [worker for worker in workers if worker.is_alive()]
-            while len(workers) < wanted and not (store / MANIFEST).exists():
+            while len(workers) < wanted and not manifest_path(store).exists():
                 workers.append(start(work, store, identity, rng.random(), 0.002))
             time.sleep(rng.random() * 0.06)
             alive = [worker for worker in workers if worker.is_alive()]
@@ -390,7 +390,7 @@ def real_kills(folder: Path, kills: int, seed: int = 0) -> Result:
     subprocess.run(command(folder / "real", 1), check=True, **quiet)
     expected = content(folder / "real")
     store, killed = folder / "real-killed", 0
-    while not (store / MANIFEST).exists():
+    while not manifest_path(store).exists():
         before = len(list(store.glob("*.parquet")))
         group = subprocess.Popen(command(store, rng.randint(1, 3)), start_new_session=True, **quiet)
         if killed < kills:

@@ -21,7 +21,7 @@ from store_samples import PROVENANCE, make_identity, make_shard
 
 from store.claim import claim
 from store.folder import missing_shards, prepare_store
-from store.manifest import MANIFEST, Manifest
+from store.manifest import Manifest, manifest_path
 from store.reader import open_store
 from store.seal import seal
 from store.shard import part_name, publish_shard
@@ -63,10 +63,10 @@ def measure(folder: Path, num_shards: int) -> dict[str, float]:
     timed("list what is missing", lambda: missing_shards(store, identity))
     timed("status", lambda: status(store))
     timed("seal", lambda: seal(store, identity, {}, None))
-    timed("load the manifest", lambda: Manifest.load(store / MANIFEST))
+    timed("load the manifest", lambda: Manifest.load(manifest_path(store)))
     timed("open, footers checked", lambda: open_store(store))
     timed("open, sha256 checked", lambda: open_store(store, check="sha256"))
-    found["manifest, bytes per shard"] = (store / MANIFEST).stat().st_size / num_shards
+    found["manifest, bytes per shard"] = manifest_path(store).stat().st_size / num_shards
     assert (store / part_name(num_shards - 1)).exists()
     shutil.rmtree(store)
     return found

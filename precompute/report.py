@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from store.manifest import Manifest
+from store.manifest import Manifest, manifest_path
 from store.schema import COUNTS
 
 EXAMPLES_SHOWN = 3
@@ -23,5 +23,5 @@ def describe(manifest: Manifest, store: Path) -> str:
         for each in manifest.unscorable[:EXAMPLES_SHOWN]:
             lines.append(f"      row {each.row}: {each.reason}")
         if len(manifest.unscorable) > EXAMPLES_SHOWN:
-            lines.append(f"      … all are listed in {store}/manifest.json")
+            lines.append(f"      … all are listed in {manifest_path(store)}")
     return "\n".join(lines)

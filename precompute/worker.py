@@ -44,7 +44,7 @@ from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store
-from store.manifest import MANIFEST, MAX_SHARDS, Identity, Manifest, ShardReport
+from store.manifest import MAX_SHARDS, Identity, Manifest, ShardReport, manifest_path
 from store.seal import seal
 from store.shard import part_name, publish_shard
 
@@ -148,7 +148,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     give_back_freed_memory()  # sealing holds every shard's footer
     recorded = {"layout": config.layout, "threads_per_worker": torch.get_num_threads()}
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
-    while not (config.ref_store / MANIFEST).exists() and (held := claim_sealing(config.ref_store)) is None:
+    while not manifest_path(config.ref_store).exists() and (held := claim_sealing(config.ref_store)) is None:
         stop.sleep(FIRST_PAUSE_S)
         if stop.now:
             raise stop.error("all shards are done, another worker is sealing", config.ref_store)

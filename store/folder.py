@@ -6,7 +6,7 @@ from pathlib import Path
 
 from store import disk, record
 from store.errors import InputError, StoreError
-from store.manifest import MANIFEST, Identity, Manifest, check_same
+from store.manifest import MANIFEST, Identity, Manifest, check_same, manifest_path
 from store.shard import part_name, parts_in, read_footer
 
 IDENTITY_NOTE = "identity.json"
@@ -25,7 +25,7 @@ def prepare_store(store: Path, identity: Identity) -> None:
     refuse_non_store(store, for_writing=True)
     if store.exists() and (stored := stored_identity(store)) is not None:
         check_same(stored, identity, store)
-        if (store / MANIFEST).exists() and not missing_shards(store, identity):
+        if manifest_path(store).exists() and not missing_shards(store, identity):
             return  # complete: nothing will be written, so nothing need be writable
     note = store / disk.STAGING / IDENTITY_NOTE
     try:
@@ -35,23 +35,23 @@ def prepare_store(store: Path, identity: Identity) -> None:
             disk.write_new(staged, record.canonical(identity) + b"\n")
             disk.publish(staged, note)  # another worker may have been first: what it wrote is compared next
     except OSError as error:
-        if not (store / MANIFEST).exists():  # else another worker sealed, and removed the staging folder under us
+        if not manifest_path(store).exists():  # else another worker sealed, and removed the staging folder under us
             raise disk.refusal(error, store) from error
     check_same(stored_identity(store), identity, store)
 
 
 def stored_identity(store: Path) -> Identity | None:
     """The identity of a store, sealed or not; None if the folder holds nothing yet."""
-    if (store / MANIFEST).exists():
-        return Manifest.load(store / MANIFEST).identity
+    if manifest_path(store).exists():
+        return Manifest.load(manifest_path(store)).identity
     note = store / disk.STAGING / IDENTITY_NOTE
     if note.exists():
         try:
             return Identity.from_json(record.parse(record.read(note), note), note)
         except StoreError:
-            if not (store / MANIFEST).exists():
+            if not manifest_path(store).exists():
                 raise
-            return Manifest.load(store / MANIFEST).identity  # sealed this moment, and the note removed under us
+            return Manifest.load(manifest_path(store)).identity  # sealed this moment, and the note removed under us
     parts = parts_in(store)
     return read_footer(parts[0])[0] if parts else None
 
@@ -104,7 +104,7 @@ def is_shelf(path: Path) -> bool:
 
 
 def _is_store(path: Path) -> bool:
-    return (path / MANIFEST).exists() or (path / disk.STAGING / IDENTITY_NOTE).exists() or bool(parts_in(path))
+    return manifest_path(path).exists() or (path / disk.STAGING / IDENTITY_NOTE).exists() or bool(parts_in(path))
 
 
 def _stores_in(path: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from store.errors import StoreError
-from store.manifest import MANIFEST, Manifest, check_same
+from store.manifest import Manifest, check_same, manifest_path
 from store.seal import sha256_of
 from store.shard import in_stretches, read_footer
 
@@ -84,4 +84,4 @@ def _sha256(store: Path, manifest: Manifest, index: int) -> StoreError | None:
 
 def advice(store: Path) -> str:
     """What to do about one damaged file of a sealed store."""
-    return f"Restore the file, or delete it and {store / MANIFEST} and run precompute again: it scores only what is missing."
+    return f"Restore the file, or delete it and {manifest_path(store)} and run precompute again: it scores only what is missing."

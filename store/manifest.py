@@ -16,8 +16,12 @@ from store import DTYPES, record
 from store.errors import StoreError
 from store.schema import FORMAT_VERSION
 
-MANIFEST = "manifest.json"
-"""File whose presence means: this store is sealed."""
+MANIFEST = "_manifest.json"
+"""File whose presence means: this store is sealed. Readers of whole folders (pandas, pyarrow, Spark, …) skip names that begin with `_` or `.`; any other name
+would be taken for a Parquet file."""
+
+FORMER_MANIFEST = "manifest.json"
+"""Its name in stores made before: they open as ever, and become readable as a folder once it is renamed."""
 
 
 MAX_SHARDS = 1_000_000
@@ -154,7 +158,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Manifest(Totals):
-    """`manifest.json`: written last, atomically, exactly once. Its totals are those of all shards."""
+    """`_manifest.json`: written last, atomically, exactly once. Its totals are those of all shards."""
 
     identity: Identity
     shards: tuple[ShardFile, ...]
@@ -194,6 +198,12 @@ class Manifest(Totals):
             if name in manifest.provenance and not holds(found := manifest.provenance[name]):
                 raise _altered(f"malformed: provenance.{name} should be {expected}, is {str(found)[:80]}", manifest, path)
         return manifest
+
+
+def manifest_path(store: Path) -> Path:
+    """Where the manifest of `store` is, under either name; where it will be, if there is none."""
+    former = store / FORMER_MANIFEST
+    return former if former.exists() and not (store / MANIFEST).exists() else store / MANIFEST
 
 
 def _altered(what: str, manifest: Manifest, path: Path) -> StoreError:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from store.errors import StoreError
 from store.folder import missing_shards, refuse_non_store, stored_identity
 from store.integrity import Check, advice, damage
-from store.manifest import MANIFEST, Identity, Manifest
+from store.manifest import Identity, Manifest, manifest_path
 from store.schema import SCHEMA
 from store.seal import unsealed
 from store.shard import in_stretches
@@ -49,10 +49,10 @@ def open_store(path: Path, check: Check = "footers") -> "Store":
 def load_manifest(path: Path) -> Manifest:
     """The manifest of the store at `path`. InputError if that is no store, StoreError if it is unsealed or its manifest broken."""
     refuse_non_store(path)
-    if not (path / MANIFEST).exists():
+    if not manifest_path(path).exists():
         identity = stored_identity(path)
         raise unsealed(path, identity, missing_shards(path, identity))
-    return Manifest.load(path / MANIFEST)
+    return Manifest.load(manifest_path(path))
 
 
 def _combined(path: Path, found: list[StoreError]) -> StoreError:

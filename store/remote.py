@@ -18,7 +18,7 @@ from pathlib import Path
 from store import disk
 from store.errors import InputError, StoreError
 from store.folder import prepare_store
-from store.manifest import MANIFEST, Identity, Manifest, ShardFile, check_same
+from store.manifest import FORMER_MANIFEST, MANIFEST, Identity, Manifest, ShardFile, check_same, manifest_path
 from store.reader import open_store
 from store.seal import sha256_of
 
@@ -56,8 +56,8 @@ def pull(source: str, path: Path, progress: Progress | None = None, revision: st
     url = url_of(source, revision)
     with _reaching(url) as (files, root):
         manifest = _remote_manifest(files, root, url)
-        if (path / MANIFEST).exists():
-            check_same(Manifest.load(path / MANIFEST).identity, manifest.identity, path)
+        if manifest_path(path).exists():
+            check_same(Manifest.load(manifest_path(path)).identity, manifest.identity, path)
             return open_store(path, check="sha256").manifest
         prepare_store(path, manifest.identity)
         done = 0
@@ -101,7 +101,8 @@ def push(path: Path, target: str, progress: Progress | None = None, *, private: 
             if progress is not None:
                 progress(done, len(store.manifest.shards))
         files.pipe_file(f"{root}/{CARD}", card(store.manifest, url).encode())
-        files.pipe_file(f"{root}/{MANIFEST}", store.manifest.to_bytes())
+        name = _manifest_name(lambda name: files.exists(f"{root}/{name}"))
+        files.pipe_file(f"{root}/{name}", store.manifest.to_bytes())
     return url
 
 
@@ -116,9 +117,10 @@ def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> 
     try:
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         there = _on_hub(api, repo)
-        if MANIFEST in there:
+        sealed_by = _manifest_name(there.__contains__)
+        if sealed_by in there:
             with tempfile.TemporaryDirectory() as folder:
-                stored = Manifest.load(Path(api.hf_hub_download(repo, MANIFEST, repo_type="dataset", local_dir=folder)))
+                stored = Manifest.load(Path(api.hf_hub_download(repo, sealed_by, repo_type="dataset", local_dir=folder)))
             check_same(stored.identity, store.identity, f"{repo} on the Hub")
         extra = sorted(name for name in there if name.endswith(".parquet") and name not in shards)
         if extra:
@@ -139,7 +141,7 @@ def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> 
                 where=repo,
                 next="Run the same command again.",
             )
-        for name, data in ((CARD, card(store.manifest, repo).encode()), (MANIFEST, store.manifest.to_bytes())):
+        for name, data in ((CARD, card(store.manifest, repo).encode()), (sealed_by, store.manifest.to_bytes())):
             api.upload_file(
                 path_or_fileobj=data,
                 path_in_repo=name,
@@ -177,7 +179,7 @@ def local_copy(url: str, progress: Progress | None = None) -> Path:
     )
     content = hashlib.sha256(manifest.to_bytes()).hexdigest()[:12]
     path = Path(base) / content / root.rstrip("/").rsplit("/", 1)[-1]
-    if not (path / MANIFEST).exists():
+    if not manifest_path(path).exists():
         pull(url, path, progress)
     return path
 
@@ -201,9 +203,15 @@ def _reaching(url: str) -> Iterator[tuple]:
         ) from error
 
 
+def _manifest_name(exists: Callable[[str], bool]) -> str:
+    """The name of the manifest at a target: a copy made under the former name keeps it, or it would have two."""
+    return FORMER_MANIFEST if exists(FORMER_MANIFEST) and not exists(MANIFEST) else MANIFEST
+
+
 def _remote_manifest(files, root: str, url: str) -> Manifest:
+    name = _manifest_name(lambda name: files.exists(f"{root}/{name}"))
     try:
-        data = files.cat_file(f"{root}/{MANIFEST}")
+        data = files.cat_file(f"{root}/{name}")
     except FileNotFoundError as error:
         raise InputError("no sealed store", where=url, expected=f"{MANIFEST} beside part-*.parquet") from error
     with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +221,7 @@ def _remote_manifest(files, root: str, url: str) -> Manifest:
 
 
 def _refuse_other(files, root: str, url: str, identity: Identity) -> None:
-    if files.exists(f"{root}/{MANIFEST}"):
+    if any(files.exists(f"{root}/{name}") for name in (MANIFEST, FORMER_MANIFEST)):
         check_same(_remote_manifest(files, root, url).identity, identity, url)
     elif files.exists(root) and any(
         not name.rstrip("/").rsplit("/", 1)[-1].startswith(("part-", CARD)) for name in files.ls(root, detail=False)
@@ -254,7 +262,7 @@ def card(manifest: Manifest, name: str) -> str:
     identity = manifest.identity
     model = f"{identity.model}@{identity.revision}" if identity.revision else identity.model
     rows = "\n".join(f"| `{field}` | `{value}` |" for field, value in identity.to_json().items())
-    unscorable = f", {len(manifest.unscorable):,} without a pair (listed in manifest.json)" if manifest.unscorable else ""
+    unscorable = f", {len(manifest.unscorable):,} without a pair (listed in _manifest.json)" if manifest.unscorable else ""
     return f"""---
 tags:
 - dpo
@@ -269,7 +277,7 @@ configs:
 
 {manifest.num_pairs:,} preference pairs ({identity.num_rows:,} source rows{unscorable}): token ids as scored, the summed and per-token natural-log
 probability of every completion under the frozen reference model, in {identity.dtype}, up to {identity.max_length:,} tokens. Sealed by
-[refdpo](manifest.json): `manifest.json` lists every file's sha256.
+[refdpo](_manifest.json): `_manifest.json` lists every file's sha256.
 
     python cli.py pull {name} --ref-store store/{name.rstrip("/").rsplit("/", 1)[-1]}
     python cli.py train --ref-store store/{name.rstrip("/").rsplit("/", 1)[-1]}

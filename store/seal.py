@@ -11,26 +11,25 @@ from typing import Any
 from store import disk, record
 from store.errors import StoreError
 from store.folder import missing_shards
-from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, check_same, rerun, totals_of
+from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, check_same, manifest_path, rerun, totals_of
 from store.shard import Sidecar, in_stretches, part_name, read_footer
 
 
 def seal(store: Path, identity: Identity, provenance: dict[str, Any], preset: str | None) -> Manifest:
-    """Write `manifest.json` if all shards are there and return it; if the store is sealed already, return the manifest it has.
+    """Write `_manifest.json` if all shards are there and return it; if the store is sealed already, return the manifest it has.
 
     Any number of workers may seal at once: one manifest wins, all return that one. `provenance` is recorded as given (layout,
     …), beside what the shards' own provenance adds up to. StoreError if shards are missing or not of `identity`.
     """
-    manifest_path = store / MANIFEST
-    if not manifest_path.exists():
+    if not manifest_path(store).exists():
         if missing := missing_shards(store, identity):
             raise unsealed(store, identity, missing)
         try:
             _write_manifest(store, identity, provenance, preset)
         except OSError as error:
-            raise disk.refusal(error, manifest_path) from error
-    manifest = Manifest.load(manifest_path)
-    check_same(manifest.identity, identity, manifest_path)
+            raise disk.refusal(error, store / MANIFEST) from error
+    manifest = Manifest.load(manifest_path(store))
+    check_same(manifest.identity, identity, manifest_path(store))
     shutil.rmtree(store / disk.STAGING, ignore_errors=True)
     return manifest
 
@@ -71,7 +70,7 @@ def _write_manifest(store: Path, identity: Identity, provenance: dict[str, Any],
         disk.write_new(staged, manifest.to_bytes())
         disk.publish(staged, store / MANIFEST)
     except FileNotFoundError:
-        if not (store / MANIFEST).exists():  # else another worker sealed, and removed the staging folder under us
+        if not manifest_path(store).exists():  # else another worker sealed, and removed the staging folder under us
             raise
 
 

@@ -173,4 +173,4 @@ def finished_shards(store: Path, identity: Identity) -> set[int]:
     return finished
 
 
-_DAMAGED = "Delete the file (and manifest.json, if there is one) and run precompute again: only this shard is scored anew."
+_DAMAGED = "Delete the file (and the manifest, if there is one) and run precompute again: only this shard is scored anew."

@@ -23,7 +23,7 @@ import pyarrow.fs
 
 from store.errors import InputError
 from store.folder import refuse_non_store, stored_identity
-from store.manifest import MANIFEST
+from store.manifest import manifest_path
 from store.reader import open_store
 from store.schema import SCHEMA
 from store.shard import finished_shards, part_name
@@ -77,7 +77,7 @@ def readable_shards(path: Path) -> list[Path]:
     """The shards a reader may look at: all of a sealed store, those finished so far of an unsealed one."""
     path = Path(path)
     refuse_non_store(path)
-    if (path / MANIFEST).exists():
+    if manifest_path(path).exists():
         return [path / shard.name for shard in open_store(path, check="none").manifest.shards]
     return [path / part_name(index) for index in sorted(finished_shards(path, stored_identity(path)))]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from store import disk
 from store.claim import CLAIM_EXPIRES_S, alive
 from store.folder import refuse_non_store, stored_identity
-from store.manifest import MANIFEST, Identity, Manifest, rerun
+from store.manifest import MANIFEST, Identity, Manifest, manifest_path, rerun
 from store.shard import part_name
 
 WINDOW_S = 1800
@@ -73,7 +73,7 @@ def status(path: Path) -> Status:
     span = recent[-1] - recent[0] if recent else 0
     return Status(
         identity=identity,
-        sealed=(path / MANIFEST).exists(),
+        sealed=manifest_path(path).exists(),
         missing=missing,
         running=_running(staging, staged, set(missing)),
         rows_per_second=(len(recent) - 1) * identity.shard_size / span if span > 0 else None,
@@ -116,7 +116,7 @@ def describe(status: Status, path: Path) -> str:
     identity, total = status.identity, status.identity.num_shards
     done = total - len(status.missing)
     if status.sealed and not status.missing:
-        manifest = Manifest.load(path / MANIFEST)
+        manifest = Manifest.load(manifest_path(path))
         return f"{path}: sealed, {total:,} shards, {manifest.num_pairs:,} pairs of {identity.num_rows:,} rows"
     alive_now = [each for each in status.running if not each.dead]
     rows = identity.num_rows - status.rows_missing

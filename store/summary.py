@@ -10,7 +10,7 @@ import duckdb
 
 from store.errors import StoreError
 from store.folder import missing_shards, stored_identity
-from store.manifest import MANIFEST, Identity, Manifest, Totals, rerun, totals_of
+from store.manifest import MANIFEST, Identity, Manifest, Totals, manifest_path, rerun, totals_of
 from store.shard import read_footer
 from store.sql import connect, readable_shards
 
@@ -43,7 +43,7 @@ def summary(path: Path, width: int | None = None) -> str:
     width = width or max(80, shutil.get_terminal_size().columns)
     files = readable_shards(path)
     identity = stored_identity(path)
-    manifest = Manifest.load(path / MANIFEST) if (path / MANIFEST).exists() else None
+    manifest = Manifest.load(manifest_path(path)) if manifest_path(path).exists() else None
     totals = manifest or totals_of([read_footer(file)[1] for file in files])
     size = sum(file.stat().st_size for file in files)
     fitted = [

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from store.check import problems
 from store.errors import StoreError
 from store.integrity import damage
-from store.manifest import MANIFEST, Manifest, ShardReport, Totals, totals_of
+from store.manifest import Manifest, ShardReport, Totals, manifest_path, totals_of
 from store.reader import load_manifest
 from store.shard import part_name, read_footer
 
@@ -56,7 +56,7 @@ def _plan(path: Path, manifest: Manifest) -> list[StoreError]:
     return [
         StoreError(
             f"the shards listed do not cover the dataset's rows exactly once, from number {first} on",
-            where=path / MANIFEST,
+            where=manifest_path(path),
             expected=expected[first] if first < len(expected) else "no more shards",
             found=listed[first] if first < len(listed) else "no more shards",
         )
@@ -75,7 +75,7 @@ def _totals(path: Path, manifest: Manifest, totals: Totals) -> list[StoreError]:
     """What the manifest says of all shards together is what their footers add up to."""
     both = [(field.name, getattr(totals, field.name), getattr(manifest, field.name)) for field in fields(Totals)]
     return [
-        StoreError(f"{name} is not what the shards add up to", where=path / MANIFEST, expected=summed, found=stated)
+        StoreError(f"{name} is not what the shards add up to", where=manifest_path(path), expected=summed, found=stated)
         for name, summed, stated in both
         if summed != stated
     ]

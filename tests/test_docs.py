@@ -80,14 +80,14 @@ def test_walkthrough_runs_as_written(folder):
         "runs/analyze/demo.png",
         "runs/report/demo/index.html",
         "runs/rehearsal/run.json",
-        "store/copy/manifest.json",
+        "store/copy/_manifest.json",
         "runs/export/demo-trl/dataset/state.json",
     ):
         assert (folder / made).exists(), made
 
 
 def test_snippets_run(folder):
-    if not (folder / "store" / "demo" / "manifest.json").exists():
+    if not (folder / "store" / "demo" / "_manifest.json").exists():
         run(["precompute", "--dataset", "demo"], folder)
     ran = [runpy.run_path(_saved(text, folder)) for page in PAGES for kind, _, text in blocks(page) if kind == "python"]
     assert len(ran) == 2

@@ -144,7 +144,7 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     done = len(shard_bytes(store))
-    assert 5 <= done < 18 and not (store / "manifest.json").exists()
+    assert 5 <= done < 18 and not (store / "_manifest.json").exists()
     _, err = finish(start(command(rows, tiny_olmo3, store, "--num-workers", "3")))
     assert "rows are done, going on" in err
     assert shard_bytes(store) == shard_bytes(one_worker)
@@ -162,7 +162,7 @@ def test_a_worker_killed_among_others_is_replaced(one_worker, rows, tiny_olmo3, 
     finish(workers[1], code=-signal.SIGKILL)
     finish(workers[0])
     assert shard_bytes(store) == shard_bytes(one_worker)
-    assert (store / "manifest.json").exists()
+    assert (store / "_manifest.json").exists()
 
 
 def test_running_again_changes_nothing_and_another_identity_is_refused(one_worker, rows, tiny_olmo3, tiny_llama, tmp_path):

@@ -74,7 +74,7 @@ def test_altered_shard_is_not_accepted(store, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(StoreError, match="arrived altered"):
         pull(f"file://{tmp_path}/there", tmp_path / "back")
-    assert not (tmp_path / "back" / "manifest.json").exists() and not (tmp_path / "back" / shard.name).exists()
+    assert not (tmp_path / "back" / "_manifest.json").exists() and not (tmp_path / "back" / shard.name).exists()
     push(store, f"file://{tmp_path}/there")  # mends it
     assert files(tmp_path / "there")[shard.name] == files(store)[shard.name]
 
@@ -175,14 +175,14 @@ def test_push_to_the_hub(store, tmp_path, monkeypatch):
     hub.loses = "part-00001.parquet"
     with pytest.raises(StoreError, match="1 shards are not there.*part-00001"):
         push(store, "acme/think")
-    assert "manifest.json" not in hub.files  # never sealed while a shard is missing
+    assert "_manifest.json" not in hub.files  # never sealed while a shard is missing
     hub.loses, hub.calls = None, []
     assert push(store, "acme/think", private=True) == "hf://datasets/acme/think"
     assert hub.calls == [
         ("create", "acme/think", True),
         ("folder", ("part-00001.parquet",)),
         ("file", "README.md"),
-        ("file", "manifest.json"),
+        ("file", "_manifest.json"),
     ]
     assert {name: hub.files[name] for name in files(store)} == files(store)
     store_samples.make_store(tmp_path / "other", num_rows=20, shard_size=4, dtype="bfloat16")

@@ -163,7 +163,7 @@ def test_a_warned_phase_1_is_requeued_and_goes_on(slurm, model, reference, tmp_p
     wait_until(lambda: list(store.glob("*.parquet")), logs)
     slurm.run("scancel", "--batch", "--signal=USR1", first)
     wait_until(lambda: "requeueing" in logged(logs) or slurm.states(first)[first] == "COMPLETED", logs)
-    assert "stopped by SIGUSR1" in logged(logs) and not (store / "manifest.json").exists(), logged(logs)
+    assert "stopped by SIGUSR1" in logged(logs) and not (store / "_manifest.json").exists(), logged(logs)
     assert slurm.wait(first, DONE, timeout=300) == {first: "COMPLETED"}, logged(logs)
     assert slurm.jobs(first)[first]["Restarts"] == "1"
     assert "rows are done, going on" in logged(logs)

@@ -14,6 +14,7 @@ from store_samples import make_store, memory_folder
 import store
 from store import shard
 from store.manifest import MANIFEST, Identity, ShardFile, ShardReport, Unscorable
+from store.reader import open_store
 from store.schema import SCHEMA
 from store.sql import connect, run
 
@@ -51,7 +52,7 @@ def test_identity():
 
 
 def test_manifest(path):
-    rows = rows_of_table(section("manifest.json"))
+    rows = rows_of_table(section("_manifest.json"))
     assert sorted(name for row in rows for name in names(row[0])) == sorted(json.loads((path / MANIFEST).read_text()))
     documented = {row[0].strip("`"): names(row[1]) for row in rows}
     assert documented["shards"] == [field.name for field in dataclasses.fields(ShardFile)]
@@ -97,6 +98,18 @@ def test_other_tools_read_it(path):
         assert found is not None and (not hasattr(found, "count_rows") or found.count_rows() == 29)
         ran += 1
     assert ran
+
+
+def test_a_store_is_read_as_a_folder(path):
+    """As the README's table promises: no file in it is taken for a Parquet file that is none."""
+    import pandas
+    import pyarrow.parquet as pq
+
+    expected = open_store(path).read(range(29)).to_pylist()
+    assert pq.read_table(path).to_pylist() == expected
+    frame = pandas.read_parquet(path)
+    assert frame["row"].tolist() == [pair["row"] for pair in expected]
+    assert [values.tolist() for values in frame["chosen_token_logps"]] == [pair["chosen_token_logps"] for pair in expected]
 
 
 def test_sha256sum_reads_the_manifest(path):

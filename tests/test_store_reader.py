@@ -20,8 +20,13 @@ from store.errors import InputError, StoreError
 from store.folder import prepare_store
 from store.manifest import MANIFEST
 from store.reader import SHORT_COLUMNS, open_store
+from store.remote import pull, push
 from store.schema import SCHEMA
+from store.seal import seal
 from store.shard import part_name, publish_shard
+from store.sql import connect
+from store.status import status
+from store.summary import summary
 from store.verify import verify
 
 
@@ -186,7 +191,7 @@ def test_unsealed_store(tmp_path):
         assert str(error.value) == message
     for index in (7, 19, 40):
         publish_shard(tmp_path, identity, *make_shard(identity, index), PROVENANCE)
-    with pytest.raises(StoreError, match="is not sealed: all 64 shards are there, manifest.json is missing"):
+    with pytest.raises(StoreError, match="is not sealed: all 64 shards are there, _manifest.json is missing"):
         open_store(tmp_path)
 
 
@@ -268,3 +273,24 @@ def test_manifest_of_something_else_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_text('{"name": "my web app"}')
     with pytest.raises(StoreError, match="not a manifest of refdpo"):
         open_store(tmp_path)
+
+
+def test_a_store_whose_manifest_has_the_former_name_opens_as_ever(tmp_path):
+    """Made by an earlier version: read, checked, looked at, gone on with, mended and copied; it never gets a second manifest."""
+    made = make_store(tmp_path / "old", num_rows=8, shard_size=4)
+    (tmp_path / "old" / MANIFEST).rename(tmp_path / "old" / "manifest.json")
+    old = tmp_path / "old"
+    names = sorted(file.name for file in old.iterdir())
+    assert open_store(old, check="sha256").manifest == made and verify(old) == []
+    assert "sealed, 2 shards" in summary(old) and status(old).sealed and len(connect(old).sql("from pairs").fetchall()) == 8
+    prepare_store(old, made.identity)
+    assert seal(old, made.identity, {}, None) == made
+    push(old, f"file://{tmp_path}/there")
+    (tmp_path / "there" / MANIFEST).rename(tmp_path / "there" / "manifest.json")
+    push(old, f"file://{tmp_path}/there")
+    assert pull(f"file://{tmp_path}/there", tmp_path / "back") == made and (tmp_path / "back" / MANIFEST).exists()
+    assert sorted(file.name for file in old.iterdir()) == names
+    assert sorted(file.name for file in (tmp_path / "there").iterdir()) == sorted([*names, "README.md"])
+    (old / part_name(1)).unlink()
+    with pytest.raises(StoreError, match=r"part-00001.parquet: shard is missing.*delete it and \S+/old/manifest.json"):
+        open_store(old)

@@ -141,7 +141,7 @@ def test_what_is_no_store_or_damaged(made, tmp_path):
 
 FORBIDDEN = [
     "select * from read_text('/etc/passwd')",
-    "select * from read_blob('{store}/manifest.json')",
+    "select * from read_blob('{store}/_manifest.json')",
     "select * from read_csv('/etc/passwd')",
     "select * from read_parquet('{store}/part-00000.parquet')",
     "select * from '{other}'",
@@ -275,7 +275,7 @@ def test_summary_of_a_store_full_of_remarks(tmp_path):
     report = type(report)(**{**vars(report), "counts": counts, "examples": examples})
     publish_shard(tmp_path, identity, report, table, PROVENANCE)
     lines = summary(tmp_path, 80).splitlines()[:-1]
-    assert len(lines) < 40 and "  … and 14 more kinds, in manifest.json" in lines
+    assert len(lines) < 40 and "  … and 14 more kinds, in _manifest.json" in lines
     widths = [sum(2 if ord(character) > 0x2E80 else 1 for character in line) for line in lines]
     assert max(widths) <= 80
     assert not (tmp_path / MANIFEST).exists()

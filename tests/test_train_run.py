@@ -52,7 +52,7 @@ def altered(config: TrainConfig) -> TrainConfig:
 
 
 def unsealed(config: TrainConfig) -> TrainConfig:
-    (config.ref_store / "manifest.json").unlink()
+    (config.ref_store / "_manifest.json").unlink()
     return config
 
 
