@@ -1,10 +1,8 @@
 """TRL's cache of reference log-probs -> a store, after checking that it belongs to this model and dataset.
 
 The cache (an Arrow file with ref_chosen_logps and ref_rejected_logps, one row per pair that TRL kept) says nothing about what made
-it.
-So the rows are tokenized here, counted against it, and some pairs are scored again. Token values are not in it: the store has each
-sum
-spread evenly over its tokens and says so by its scorer version; `train` uses the sums and refuses what needs token values.
+it. So the rows are tokenized here, counted against it, and some pairs are scored again. What single tokens contribute is not in it: those
+log-probs are null in the store, whose scorer version says so; `train` uses the sums and refuses what needs more.
 """
 
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from precompute.worker import PrecomputeConfig, load_inputs
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store
 from store.manifest import Identity, Manifest, ShardReport
-from store.schema import SUMS_ONLY
+from store.schema import SCHEMA, SUMS_ONLY, without_token_logps
 from store.seal import seal
 from store.shard import publish_shard
 
@@ -71,7 +69,7 @@ def import_trl(
     return seal(
         config.ref_store,
         identity,
-        {"imported_from": f"TRL's cache {cache.name}", "token_values": "each sum spread evenly"},
+        {"imported_from": f"TRL's cache {cache.name}"},
         config.preset,
     )
 
@@ -115,11 +113,9 @@ def _check_numbers(model: PreTrainedModel, dtype: str, pairs: list[Pair], cached
 
 
 def _shard(identity: Identity, index: int, block, sums: np.ndarray) -> tuple[ShardReport, pa.Table]:
-    spread = [
-        [
-            np.full(len(ids), total / len(ids), np.float32)
-            for ids, total in zip((pair.chosen_ids, pair.rejected_ids), row, strict=True)
-        ]
-        for pair, row in zip(block.pairs, sums, strict=True)
-    ]
-    return shard_of(identity, index, block, [each[0] for each in spread], [each[1] for each in spread], model_tokens=0)
+    """`sums`: float64 [pairs, 2], chosen and rejected."""
+    unknown = [[np.zeros(len(ids), np.float32) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in block.pairs]
+    report, table = shard_of(identity, index, block, [each[0] for each in unknown], [each[1] for each in unknown], model_tokens=0)
+    for side, name in enumerate(NAMES):
+        table = table.set_column(table.column_names.index(name), SCHEMA.field(name), pa.array(sums[:, side], pa.float64()))
+    return report, without_token_logps(table)

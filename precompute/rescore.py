@@ -18,7 +18,7 @@ class Rescored:
     num_pairs: int
     num_tokens: int
     mean_token_difference: float
-    """Mean over tokens of |now - stored|."""
+    """Mean over tokens of |now - stored|; of an imported store, which has sums only, mean over completions of |mean now - mean stored|."""
     max_token_difference: float
     max_sum_difference: float
     """Largest |now - stored| of a completion's sum."""
@@ -36,29 +36,27 @@ def rescore(
     """
     chosen_pairs = np.random.default_rng(seed).choice(store.num_pairs, size=min(num_pairs, store.num_pairs), replace=False)
     pairs = store.read(sorted(chosen_pairs.tolist())).to_pylist()
-    sequences, stored = [], []
+    sequences, stored, sums = [], [], []
     for pair in pairs:
         for side in ("chosen", "rejected"):
             ids = np.array(pair["prompt_ids"] + pair[f"{side}_ids"], dtype=np.int32)
             sequences.append(Sequence(ids, len(pair["prompt_ids"])))
-            stored.append(np.array(pair[f"{side}_token_logps"], dtype=np.float32))
+            stored.append(np.array(pair[f"{side}_token_logps"], dtype=np.float64))
+            sums.append(pair[f"ref_{side}_logps"])
     now = score(model, sequences, layout=layout, tokens_per_batch=tokens_per_batch)
-    differences = [np.abs(new.astype(np.float64) - old) for new, old in zip(now, stored, strict=True)]
     if store.identity.scorer_version == SUMS_ONLY:  # only a completion's mean can be compared
-        differences = [
-            np.abs([new.mean(dtype=np.float64) - old.mean(dtype=np.float64)]) for new, old in zip(now, stored, strict=True)
-        ]
+        differences = [np.abs([new.mean(dtype=np.float64) - old / len(new)]) for new, old in zip(now, sums, strict=True)]
+    else:
+        differences = [np.abs(new.astype(np.float64) - old) for new, old in zip(now, stored, strict=True)]
     of_pair = [float(np.concatenate(differences[2 * i : 2 * i + 2]).mean()) for i in range(len(pairs))]
     worst = int(np.argmax(of_pair))
     tokens = np.concatenate(differences)
     return Rescored(
         num_pairs=len(pairs),
-        num_tokens=len(tokens),
+        num_tokens=sum(map(len, now)),
         mean_token_difference=float(tokens.mean()),
         max_token_difference=float(tokens.max()),
-        max_sum_difference=max(
-            abs(float(new.sum(dtype=np.float64) - old.sum(dtype=np.float64))) for new, old in zip(now, stored, strict=True)
-        ),
+        max_sum_difference=max(abs(float(new.sum(dtype=np.float64)) - old) for new, old in zip(now, sums, strict=True)),
         worst_row=pairs[worst]["row"],
         worst_row_difference=of_pair[worst],
     )

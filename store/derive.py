@@ -6,6 +6,7 @@ A causal model's log-prob of a token does not depend on what follows it, so cutt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from store.errors import InputError
 from store.schema import SCHEMA
 
 
@@ -21,7 +22,8 @@ def derive(table: pa.Table, max_length: int | None = None, ld_alpha: float | Non
     to be cut or `ld_alpha` given. keep_start: a completion keeps its first max_length - num_prompt_tokens tokens; ids, token
     log-probs, counts, truncated flags and the sums (nats, float64) follow. With `ld_alpha` the sums are LD-DPO's, as TRL defines
     them: the first n tokens plus alpha times the rest, n being the shorter completion's number of tokens after the cut.
-    ValueError for a pair whose prompt alone fills max_length: drop those first (`fits`).
+    ValueError for a pair whose prompt alone fills max_length: drop those first (`fits`). InputError where a new sum is needed and the
+    tokens' log-probs are not known: those of an imported store.
     """
     table = table.combine_chunks()
     prompts = table["num_prompt_tokens"].to_pylist()
@@ -59,7 +61,13 @@ def _sums(table: pa.Table, side: str, stored: list[int], kept: list[int], ld_alp
 
 def _sum(tokens: pa.ListScalar, start: int, stop: int) -> float:
     """Sum of some values of one list; Arrow sums float32 in float64."""
-    return pc.sum(tokens.values.slice(start, stop - start), min_count=0).as_py()
+    values = tokens.values.slice(start, stop - start)
+    if values.null_count:
+        raise InputError(
+            "the log-probs of single tokens are not known: an imported store has sums only",
+            next="Use its sums as they are, without another max_length or ld_alpha, or score the rows with precompute.",
+        )
+    return pc.sum(values, min_count=0).as_py()
 
 
 def _heads(lists: pa.ListArray, lengths: list[int]) -> pa.ListArray:

@@ -22,7 +22,7 @@ from store.errors import StoreError
 from store.folder import missing_shards, refuse_non_store, stored_identity
 from store.integrity import Check, advice, damage
 from store.manifest import Identity, Manifest, manifest_path
-from store.schema import SCHEMA
+from store.schema import SCHEMA, SUMS_ONLY, without_token_logps
 from store.seal import unsealed
 from store.shard import in_stretches
 
@@ -99,7 +99,7 @@ class Store:
 
         def of_shard(shard: int) -> pa.Table:
             with self._opened(shard) as file:
-                return file.read(columns=list(names), use_threads=False)
+                return self._known(file.read(columns=list(names), use_threads=False))
 
         def of_stretch(shards: Sequence[int]) -> pa.Table:
             # One chunk: thousands of small tables take more memory than what is in them.
@@ -139,10 +139,15 @@ class Store:
                 stop = first + file.metadata.row_group(group).num_rows
                 here = [row - first for row, _ in rows if first <= row < stop]
                 if here:
-                    yield file.read_row_groups([group], columns=names, use_threads=False).take(pa.array(here, pa.int64()))
+                    rows_here = file.read_row_groups([group], columns=names, use_threads=False).take(pa.array(here, pa.int64()))
+                    yield self._known(rows_here)
                 first = stop
         if rows[-1][0] >= first:
             raise StoreError("fewer rows than the manifest says", where=self._path_of(shard), next=advice(self.path))
+
+    def _known(self, table: pa.Table) -> pa.Table:
+        """Without the token log-probs that earlier versions made up for imported stores."""
+        return without_token_logps(table) if self.identity.scorer_version == SUMS_ONLY else table
 
     def _path_of(self, shard: int) -> Path:
         return self.path / self.manifest.shards[shard].name

@@ -20,6 +20,7 @@ from store.errors import InputError, StoreError
 from store.folder import prepare_store
 from store.manifest import FORMER_MANIFEST, MANIFEST, Identity, Manifest, ShardFile, check_same, manifest_path
 from store.reader import open_store
+from store.schema import SUMS_ONLY, SUMS_ONLY_NOTE
 from store.seal import sha256_of
 
 Progress = Callable[[int, int], None]
@@ -263,6 +264,9 @@ def card(manifest: Manifest, name: str) -> str:
     model = f"{identity.model}@{identity.revision}" if identity.revision else identity.model
     rows = "\n".join(f"| `{field}` | `{value}` |" for field, value in identity.to_json().items())
     unscorable = f", {len(manifest.unscorable):,} without a pair (listed in _manifest.json)" if manifest.unscorable else ""
+    parts = "`chosen_token_logps` and `rejected_token_logps` are their parts."
+    if identity.scorer_version == SUMS_ONLY:
+        parts = f"This store was {SUMS_ONLY_NOTE}."
     return f"""---
 tags:
 - dpo
@@ -288,5 +292,5 @@ probability of every completion under the frozen reference model, in {identity.d
 {rows}
 
 `ref_chosen_logps` and `ref_rejected_logps` are sums in nats over `num_chosen_tokens` and `num_rejected_tokens` completion tokens;
-`chosen_token_logps` and `rejected_token_logps` are their parts. The texts, as far as the ids hold them, are under the terms of the dataset.
+{parts} The texts, as far as the ids hold them, are under the terms of the dataset.
 """

@@ -17,7 +17,7 @@ from store.disk import refusal
 from store.errors import InputError
 from store.manifest import NAMES, Identity
 from store.reader import Store, open_store
-from store.schema import COUNTS
+from store.schema import COUNTS, SUMS_ONLY, SUMS_ONLY_NOTE
 
 TOKENS_SAMPLED = 2048
 """Pairs whose per-token values are looked at, in blocks of one row group, evenly spaced: all tokens of a large store are
@@ -134,14 +134,20 @@ def report(path: Path, folder: Path, decode: Decode | None = None, other: Path |
     other_store = open_store(other) if other is not None else None
     connection = _connect(store)
     facts = Facts(store, _one(connection, SUMMARY), (), {})
+    note = SUMS_ONLY_NOTE if store.identity.scorer_version == SUMS_ONLY else None
     comparison = None
     if store.num_pairs:
-        facts = Facts(store, facts.summary, _extremes(connection, store, decode), pictures(connection, store.identity.max_length))
+        facts = Facts(
+            store,
+            facts.summary,
+            _extremes(connection, store, decode),
+            pictures(connection, store.identity.max_length, note is None),
+        )
     if other_store is not None:
         comparison = _compare(connection, store, other_store, decode)
         facts.pictures.update(compared(connection))
     embedded = {name: base64.b64encode(png).decode() for name, png in facts.pictures.items()}
-    page = render(facts=facts, comparison=comparison, pictures=embedded, counts=COUNTS, decoded=decode is not None)
+    page = render(facts=facts, comparison=comparison, pictures=embedded, counts=COUNTS, decoded=decode is not None, sums_only=note)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in facts.pictures.items():

@@ -87,6 +87,7 @@ rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|n
 <h1>{{ facts.store.path.name }}</h1>
 <p class="mute">Reference log-probs of {{ identity.model }}{% if identity.revision %}@{{ identity.revision }}{% endif %} on {{ identity.dataset }}
 ({{ identity.dtype }}, max length {{ "{:,}".format(identity.max_length) }}); page made {{ today }}</p>
+{% if sums_only %}<p><b>This store was {{ sums_only }}.</b> Means per token are sums divided by counts.</p>{% endif %}
 <div class="tiles">
 <div class="tile"><b>{{ s.num_pairs|number }}</b>pairs of {{ identity.num_rows|number }} rows</div>
 <div class="tile"><b>{{ s.prefers|share }}</b>the reference prefers chosen, by sum</div>
@@ -111,7 +112,9 @@ rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|n
 <h2>Log-probs</h2>
 <div class="figures">
 {{ picture("logprob_by_length.png", "Sum against length") }}
+{% if "logprob_by_position.png" in pictures %}
 {{ picture("logprob_by_position.png", "Per token, by position in the completion (a sample of the pairs)") }}
+{% endif %}
 </div>
 {% else %}
 <p>The store has no pair: no row could be scored.</p>

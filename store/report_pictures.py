@@ -9,16 +9,16 @@ from store.report import BY_POSITION
 CHOSEN, REJECTED, NEUTRAL = "#2e7d4f", "#b5482f", "#3d7ea6"
 
 
-def pictures(connection: duckdb.DuckDBPyConnection, max_length: int) -> dict[str, bytes]:
-    """All pictures of one store; `connection` has the tables of store/report.py."""
-    return {
+def pictures(connection: duckdb.DuckDBPyConnection, max_length: int, tokens_known: bool) -> dict[str, bytes]:
+    """All pictures of one store; `connection` has the tables of store/report.py. That of single tokens only where their log-probs are known."""
+    made = {
         "lengths.png": _lengths(connection, max_length),
         "margins.png": _histogram(connection, "margin", "chosen - rejected, nats (sums)"),
         "margins_per_token.png": _histogram(connection, "mean_margin", "chosen - rejected, nats per token"),
         "logprob_by_length.png": _by_length(connection),
-        "logprob_by_position.png": _by_position(connection),
         "truncation.png": _truncation(connection, max_length),
     }
+    return made | ({"logprob_by_position.png": _by_position(connection)} if tokens_known else {})
 
 
 def compared(connection: duckdb.DuckDBPyConnection) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ FORMAT_VERSION = 1
 """Version of the file layout. A reader refuses a store of another version."""
 
 SUMS_ONLY = 0
-"""The identity's scorer_version of an imported store: its sums are real, its token values are each sum spread evenly."""
+"""The identity's scorer_version of an imported store: its sums are real, what each token contributes is not known and null."""
 
 SCHEMA = pa.schema(
     [
@@ -25,11 +25,26 @@ SCHEMA = pa.schema(
         pa.field("num_rejected_tokens", pa.int32(), nullable=False),
         pa.field("chosen_truncated", pa.bool_(), nullable=False),
         pa.field("rejected_truncated", pa.bool_(), nullable=False),
-        # natural-log probability of each completion token given everything before it, nats
+        # natural-log probability of each completion token given everything before it, nats; as many nulls where SUMS_ONLY
         pa.field("chosen_token_logps", pa.list_(pa.float32()), nullable=False),
         pa.field("rejected_token_logps", pa.list_(pa.float32()), nullable=False),
     ]
 )
+
+SUMS_ONLY_NOTE = "imported: sums only; the log-probs of its tokens are unknown (null)"
+"""What every view of such a store says."""
+
+TOKEN_LOGPS = ("chosen_token_logps", "rejected_token_logps")
+
+
+def without_token_logps(table: pa.Table) -> pa.Table:
+    """The same pairs with every log-prob of a single token null; the lists keep their lengths. Other columns are untouched."""
+    for name in set(TOKEN_LOGPS) & set(table.column_names):
+        lengths = table[name].combine_chunks().value_lengths().to_pylist()
+        unknown = pa.array([[None] * length for length in lengths], SCHEMA.field(name).type)
+        table = table.set_column(table.column_names.index(name), SCHEMA.field(name), unknown)
+    return table
+
 
 COUNTS = {
     "chosen_truncated": "chosen sides cut at max_length",

@@ -5,11 +5,12 @@ select(Path("store/think"), where="num_chosen_tokens < 4096", order_by="num_chos
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from store.errors import InputError
-from store.sql import connect, fetch
+from store.sql import connect, fetch, sums_only
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def select(store: Path, where: str | None = None, order_by: str | None = None, e
     connection = connect(store, threads=1)  # with several, `limit` among equals picks another row each time
     everything = fetch(connection, "select row, pair_id from pairs order by row", store)
     given = " ".join(f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by)) if sql is not None)
+    if sums_only(store) and re.search(r"token_logps|\blogp\b", given, re.IGNORECASE):
+        raise InputError(
+            f"asks for log-probs of single tokens, which {store} does not have: it was imported and has sums only",
+            where=given,
+            next="Use ref_chosen_logps, ref_rejected_logps and the counts.",
+        )
     if given:
         query = f"select row, pair_id from pairs {_clause('where', where)} order by {_part(order_by, ', ')}row"
         chosen = fetch(connection, query, given)

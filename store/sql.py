@@ -25,10 +25,18 @@ from store.errors import InputError
 from store.folder import refuse_non_store, stored_identity
 from store.manifest import manifest_path
 from store.reader import open_store
-from store.schema import SCHEMA
+from store.schema import SCHEMA, SUMS_ONLY
 from store.shard import finished_shards, part_name
 
 Format = Literal["table", "csv", "json"]
+
+SUMS_ONLY_PAIRS = """
+create view pairs as
+    select * replace ([null::float for logp in chosen_token_logps] as chosen_token_logps,
+        [null::float for logp in rejected_token_logps] as rejected_token_logps)
+    from stored;
+"""
+"""Earlier versions made up token log-probs for imported stores."""
 
 VIEWS = """
 create view completions as
@@ -67,10 +75,19 @@ def connect(path: Path, threads: int | None = None) -> duckdb.DuckDBPyConnection
         pairs = pyarrow.dataset.dataset(files, schema=SCHEMA, format="parquet", filesystem=pyarrow.fs.LocalFileSystem())
     else:
         pairs = SCHEMA.empty_table()
-    connection.register("pairs", pairs)
+    if sums_only(path):
+        connection.register("stored", pairs)
+        connection.execute(SUMS_ONLY_PAIRS)
+    else:
+        connection.register("pairs", pairs)
     connection.execute(VIEWS)
     connection.execute(LOCK)
     return connection
+
+
+def sums_only(path: Path) -> bool:
+    """Is this an imported store, whose token log-probs are not known?"""
+    return stored_identity(Path(path)).scorer_version == SUMS_ONLY
 
 
 def readable_shards(path: Path) -> list[Path]:

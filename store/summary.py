@@ -11,6 +11,7 @@ import duckdb
 from store.errors import StoreError
 from store.folder import missing_shards, stored_identity
 from store.manifest import MANIFEST, Identity, Manifest, Totals, manifest_path, rerun, totals_of
+from store.schema import SUMS_ONLY, SUMS_ONLY_NOTE
 from store.shard import read_footer
 from store.sql import connect, readable_shards
 
@@ -78,7 +79,9 @@ def _identity_lines(identity: Identity) -> list[str]:
         line("dataset", identity.dataset, identity.dataset_revision, identity.dataset_fingerprint)
         + (f"  split {identity.split}" if identity.split else ""),
         f"{'scored':11}{identity.dtype}, max length {identity.max_length:,} ({identity.truncation})"
-        + f", {identity.shard_size:,} rows per shard, scorer {identity.scorer_version}",
+        + f", {identity.shard_size:,} rows per shard, "
+        + ("by TRL" if identity.scorer_version == SUMS_ONLY else f"scorer {identity.scorer_version}"),
+        *([f"{'':11}{SUMS_ONLY_NOTE}"] if identity.scorer_version == SUMS_ONLY else []),
     ]
 
 
@@ -140,7 +143,8 @@ def _provenance_lines(manifest: Manifest | None) -> list[str]:
         " + ".join(sorted(devices)),
         known.get("layout", ""),
     ]
-    return [f"{'made in':11}{', '.join(part for part in parts if part)}"]
+    made = ", ".join(part for part in parts if part)
+    return [f"{'made in':11}{made}"] if made else [f"{'made from':11}{known['imported_from']}"] if "imported_from" in known else []
 
 
 def _next_line(path: Path, identity: Identity, manifest: Manifest | None) -> str:

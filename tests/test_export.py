@@ -231,6 +231,10 @@ def test_import_of_trls_own_cache(world, by_trl, tiny_llama, tmp_path):
             name: other[name] for name in other if "logps" not in name
         }
         assert mine["ref_chosen_logps"] == pytest.approx(other["ref_chosen_logps"], abs=1e-3)
+        assert mine["chosen_token_logps"] == [None] * mine["num_chosen_tokens"]
+    sums = Dataset.from_file(str(by_trl[1]))
+    assert imported.columns(["ref_chosen_logps"])["ref_chosen_logps"].to_pylist() == list(sums["ref_chosen_logps"])  # to the bit
+    assert "sums only" in output and "sums only" in call("inspect", "--ref-store", tmp_path / "store")
     call("verify", "--ref-store", tmp_path / "store", "--model", tiny_llama)
     assert len(dataset_of(imported, MAX_LENGTH)) == 19
     for wrong in ({"max_length": 40}, {"max_length": MAX_LENGTH, "ld_alpha": 0.5}):
