@@ -39,6 +39,8 @@ EXAMPLES = {
       python cli.py inspect --ref-store store/demo
 
       python cli.py inspect --ref-store store/demo --sql "select row, ref_chosen_logps - ref_rejected_logps as margin from pairs order by margin limit 5"
+
+      python cli.py inspect --ref-store store/demo --sql "from tokens" --format parquet --output runs/tokens.parquet
     """,
     "export": """
       python cli.py export --ref-store store/demo --format jsonl --output runs/export/demo-jsonl
@@ -519,21 +521,57 @@ def _train_config(ref_store: Path, **given):
 
 @command("inspect")
 @ref_store_option
-@click.option("--sql", help="A query over the views pairs, completions (one row per side) and tokens (one row per scored token).")
-@click.option("--format", "format_", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@click.option(
+    "--sql",
+    help="A query over the views pairs, completions (one row per side) and tokens (one row per scored token); several separated by ;",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["table", "csv", "json", "parquet"]),
+    help="Of answers. csv and json are streamed, however long.  [default: table]",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="New file for the answer; --format parquet needs one.")
 @click.option("--interactive", "-i", is_flag=True, help="A SQL prompt.")
-def inspect_cmd(ref_store: Path, sql: str | None, format_: str, interactive: bool) -> None:
+def inspect_cmd(ref_store: Path, sql: str | None, format_: str | None, output: Path | None, interactive: bool) -> None:
     """Look at a store with SQL. Without --sql: a one-screen summary."""
+    _check_inspect(sql, format_, output, interactive)
     from store import sql as store_sql
 
-    if interactive:
-        store_sql.prompt(ref_store, format_)
-    elif sql is not None:
-        click.echo(store_sql.run(store_sql.connect(ref_store), sql, format_))
-    else:
+    if sql is None and not interactive:
         from store.summary import summary
 
-        click.echo(summary(ref_store))
+        return click.echo(summary(ref_store))
+    connection = store_sql.connect(ref_store)
+    if store_sql.sums_only(ref_store):
+        from store.schema import SUMS_ONLY_NOTE
+
+        click.echo(f"{ref_store} was {SUMS_ONLY_NOTE}", err=True)
+    if interactive:
+        store_sql.prompt(connection, format_ or "table")
+    elif format_ == "parquet":
+        click.echo(f"{output}: {store_sql.write_parquet(connection, sql, output):,} rows", err=True)
+    elif output is not None:
+        with store_sql.new_file(output) as staged, open(staged, "w", encoding="utf-8", newline="") as file:
+            store_sql.write(connection, sql, format_ or "table", file)
+    else:
+        store_sql.write(connection, sql, format_ or "table", sys.stdout)
+
+
+def _check_inspect(sql: str | None, format_: str | None, output: Path | None, interactive: bool) -> None:
+    """Options that would be passed over in silence are refused."""
+    if interactive and sql is not None:
+        raise InputError(
+            "one of the two", where="--interactive, --sql", next="Type the query at the prompt, or leave --interactive out."
+        )
+    if interactive and (output is not None or format_ == "parquet"):
+        raise InputError("belongs to --sql", where="--output" if output is not None else "--format parquet")
+    if sql is None and not interactive and (format_ is not None or output is not None):
+        raise InputError(
+            "belongs to --sql", where="--format" if format_ is not None else "--output", next="Without it inspect shows a summary."
+        )
+    if format_ == "parquet" and output is None:
+        raise InputError("needs a file", where="--format parquet", next="Add --output answer.parquet.")
 
 
 @command("export")

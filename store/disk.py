@@ -74,19 +74,23 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def refusal(error: OSError, path: Path) -> StoreError:
-    """The operating system's refusal to write below `path`, with what to do about it."""
+def refusal(error: OSError, path: Path, option: str = "--ref-store") -> StoreError:
+    """The operating system's refusal to write below `path`, which `option` named, with what to do about it."""
+    kept = "Finished shards are kept: " if option == "--ref-store" else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        only = "; it does only what is missing" if kept else ""
         return StoreError(
             "disk full or quota reached while writing",
             where=path,
-            next="Finished shards are kept: free some space, then run the same command again; it does only what is missing.",
+            next=f"{kept}{'free' if kept else 'Free'} some space, then run the same command again{only}.",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError(
             "cannot write here",
             where=path,
             found=(error.strerror or str(error)).lower(),
-            next="Choose a --ref-store in a folder you may write to.",
+            next=f"Choose a {option} in a folder you may write to.",
         )
+    if not kept:
+        return StoreError("cannot be written", where=path, found=error.strerror or error, next=f"Choose another {option}.")
     return StoreError("cannot be written", where=path, found=error, next="Finished shards are kept; run the same command again.")

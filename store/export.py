@@ -78,7 +78,7 @@ def export(
         notes = writers[format](store, staging, progress or (lambda done, total: None), *options)
         os.replace(staging, output)
     except OSError as error:
-        raise refusal(error, output) from error
+        raise refusal(error, output, "--output") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return notes

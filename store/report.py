@@ -154,7 +154,7 @@ def report(path: Path, folder: Path, decode: Decode | None = None, other: Path |
             (folder / name).write_bytes(png)
         (folder / "index.html").write_text(page, encoding="utf-8")
     except OSError as error:
-        raise refusal(error, folder) from error
+        raise refusal(error, folder, "--output-dir") from error
     return folder / "index.html"
 
 

@@ -13,14 +13,21 @@ import csv
 import io
 import json
 import math
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import duckdb
 import pyarrow.dataset
 import pyarrow.fs
+import pyarrow.parquet
 
+from store import disk
 from store.errors import InputError
 from store.folder import refuse_non_store, stored_identity
 from store.manifest import manifest_path
@@ -53,6 +60,11 @@ create view tokens as
         unnest(range(num_tokens)) as position, unnest(completion_ids) as token_id, unnest(token_logps) as logp
     from completions;
 """
+
+VIEWS_HINT = "Views: pairs, completions, tokens; `describe pairs` lists columns."
+
+ROWS_AT_A_TIME = 10_000
+"""Of a streamed answer: it may be larger than memory."""
 
 LOCK = """
 set autoinstall_known_extensions = false;
@@ -100,76 +112,228 @@ def readable_shards(path: Path) -> list[Path]:
 
 
 def run(connection: duckdb.DuckDBPyConnection, sql: str, format: Format = "table") -> str:
-    """The answer to `sql` as text without a final newline; empty if there is none.
+    """What `write` writes, as text without a final newline; empty if there is no answer."""
+    text = io.StringIO()
+    write(connection, sql, format, text)
+    return text.getvalue().rstrip("\n")
+
+
+def write(connection: duckdb.DuckDBPyConnection, sql: str, format: Format, out: TextIO) -> None:
+    """The answers to `sql` (queries separated by semicolons) as text, one after the other, each row as soon as it is known.
 
     table: for people, long answers abridged. csv: with a header; lists are JSON, null is empty. json: a list with one row per line.
-    InputError, with DuckDB's explanation, if the query fails or reaches outside the store.
+    InputError, with DuckDB's explanation, if a query fails or reaches outside the store. Ctrl-C ends the query at hand.
     """
+    with _asking(connection) as ask:
+        for statement in ask(lambda: _statements(connection, sql)):
+            if format == "table":
+                answer = ask(lambda statement=statement: _as_table(connection, statement))
+                out.write(answer + "\n" if answer else "")
+            else:
+                ask(lambda statement=statement: connection.execute(statement))
+                if _answers(statement):
+                    blocks = iter(lambda: ask(lambda: connection.fetchmany(ROWS_AT_A_TIME)), [])
+                    _WRITERS[format]([column[0] for column in connection.description], blocks, out)
+
+
+def write_parquet(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -> int:
+    """Write the answer to `sql`, which must be one query, into the new file `path`; returns its rows.
+
+    InputError if the query fails, is not one, or has a column that Parquet cannot hold; StoreError where `path` cannot be written.
+    """
+    with _asking(connection) as ask, new_file(path) as staged:
+        statements = ask(lambda: _statements(connection, sql))
+        if [_answers(statement) for statement in statements] != [True]:
+            found = f"{len(statements)} statements"
+            raise InputError("not one query", where="--sql", found=found, next="A Parquet file holds one answer.")
+        blocks = ask(lambda: connection.sql(statements[0]).to_arrow_reader(ROWS_AT_A_TIME))
+        num_rows = 0
+        try:
+            with pyarrow.parquet.ParquetWriter(staged, blocks.schema, compression="zstd") as file:
+                while (block := ask(lambda: _next_block(blocks))) is not None:
+                    file.write_batch(block)
+                    num_rows += block.num_rows
+        except pyarrow.ArrowException as error:
+            reason = str(error).splitlines()[0][:160]
+            raise InputError(
+                "cannot be written as Parquet", where="--sql", found=reason, next="Cast the column in the query."
+            ) from error
+    return num_rows
+
+
+def _next_block(blocks: pyarrow.RecordBatchReader) -> pyarrow.RecordBatch | None:
+    """None after the last one. A query that fails half-way comes out of Arrow as an OSError."""
+    try:
+        return next(blocks, None)
+    except OSError as error:
+        raise InputError(_message(error), next=VIEWS_HINT) from error
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name to write to beside `path`, which becomes `path` if all goes well and is removed if not. InputError if `path` exists,
+    StoreError if it cannot be written."""
+    if path.exists():
+        raise InputError("exists already", where=f"--output {path}", next="Choose another --output, or remove it yourself.")
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield staged
+        os.replace(staged, path)
+    except OSError as error:
+        raise disk.refusal(error, path, "--output") from error
+    finally:
+        disk.drop(staged)
+
+
+@contextlib.contextmanager
+def _asking(connection: duckdb.DuckDBPyConnection) -> Iterator[Callable]:
+    """Yields `ask(work)`: runs `work` in a thread, for this one must be free to hear Ctrl-C, which then stops the query. DuckDB's errors
+    become InputErrors."""
+    with ThreadPoolExecutor(1) as thread:
+
+        def ask(work: Callable):
+            asked = thread.submit(work)
+            try:
+                return asked.result()
+            except KeyboardInterrupt:
+                while not asked.done():  # again and again: an interrupt that comes before the query began is forgotten
+                    connection.interrupt()
+                    wait([asked], timeout=0.1)
+                raise
+            except duckdb.PermissionException as error:
+                raise InputError(_message(error), next="Only the store can be read here, and nothing can be written.") from error
+            except duckdb.Error as error:
+                raise InputError(_message(error), next=VIEWS_HINT) from error
+
+        yield ask
+
+
+def _statements(connection: duckdb.DuckDBPyConnection, sql: str) -> list[duckdb.Statement]:
     try:
         sql.encode()
     except UnicodeEncodeError as error:
         raise InputError("the query is not valid Unicode", where="--sql", found=ascii(sql[:80])) from error
-    try:
-        if format == "table":
-            relation = connection.sql(sql)
-            return "" if relation is None else str(relation).rstrip("\n")
-        connection.execute(sql)
-        names = [column[0] for column in connection.description or ()]
-        rows = connection.fetchall() if names else []
-    except duckdb.PermissionException as error:
-        raise InputError(_message(error), next="Only the store can be read here, and nothing can be written.") from error
-    except duckdb.Error as error:
-        raise InputError(_message(error), next="Views: pairs, completions, tokens; `describe pairs` lists columns.") from error
-    if format == "csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([names, *([_cell(value) for value in row] for row in rows)])
-        return text.getvalue().rstrip("\n")
-    lines = [_json({name: _finite(value) for name, value in zip(names, row, strict=True)}) for row in rows]
-    return "[" + ",\n ".join(lines) + "]"
+    return connection.extract_statements(sql)
+
+
+def _answers(statement: duckdb.Statement) -> bool:
+    """Does it give rows, as `select`, `describe` and `explain` do?"""
+    return statement.expected_result_type == [duckdb.ExpectedResultType.QUERY_RESULT]
+
+
+def _as_table(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> str:
+    if not _answers(statement):
+        connection.execute(statement)
+        return ""
+    return str(connection.sql(statement)).rstrip("\n")
+
+
+def _write_csv(names: list[str], blocks: Iterable[list[tuple]], out: TextIO) -> None:
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for rows in blocks:
+        writer.writerows([_cell(value) for value in row] for row in rows)
+        out.flush()
+
+
+def _write_json(names: list[str], blocks: Iterable[list[tuple]], out: TextIO) -> None:
+    separator = "["
+    for rows in blocks:
+        for row in rows:
+            out.write(separator + _json({name: _finite(value) for name, value in zip(names, row, strict=True)}))
+            separator = ",\n "
+        out.flush()
+    out.write("[]\n" if separator == "[" else "]\n")
+
+
+_WRITERS = {"csv": _write_csv, "json": _write_json}
 
 
 def fetch(connection: duckdb.DuckDBPyConnection, sql: str, where: object) -> list[tuple]:
     """The rows that one select gives. InputError, naming `where` (the option it came from), if it fails or is anything else."""
     try:
-        statements = connection.extract_statements(sql)
-        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise InputError("not one SQL expression", where=where)
-        return connection.execute(statements[0]).fetchall()
-    except duckdb.Error as error:
+        with _asking(connection) as ask:
+            statements = ask(lambda: connection.extract_statements(sql))
+            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                raise InputError("not one SQL expression", where=where)
+            return ask(lambda: connection.execute(statements[0]).fetchall())
+    except InputError as error:
+        if error.where is not None:
+            raise
         raise InputError(
-            _message(error), where=where, next="Views: pairs, completions, tokens; `inspect --sql 'describe pairs'` lists columns."
+            error.what, where=where, next="Views: pairs, completions, tokens; `inspect --sql 'describe pairs'` lists columns."
         ) from error
 
 
-def prompt(path: Path, format: Format = "table") -> None:
+HELP = """Views: pairs (one row per pair), completions (one per side), tokens (one per scored token).
+A query ends with ; and may span lines. Ctrl-C stops it.
+.tables   the views              .schema   their columns
+.help     this                   .exit     leave, as do exit, quit and Ctrl-D"""
+
+
+def prompt(connection: duckdb.DuckDBPyConnection, format: Format = "table") -> None:
     """Read queries from the terminal (or standard input) until its end; a query ends with a semicolon and may span lines."""
-    connection = connect(path)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (line editing and history for input())
-    print("Views: pairs, completions, tokens. End a query with ; and leave with Ctrl-D.")
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (line editing and history for input())
+        print("Views: pairs, completions, tokens. End a query with ; and leave with .exit or Ctrl-D; .help says more.")
     query = ""
     while True:
         try:
-            query += input("   ...> " if query else "refdpo> ") + "\n"
+            query += input(("   ...> " if query else "refdpo> ") if terminal else "") + "\n"
         except EOFError:
-            return print()
+            if query.strip():  # a script may end without a semicolon
+                _answer(connection, query, format)
+            return print() if terminal else None
         except KeyboardInterrupt:
             query = ""
             print()
             continue
-        if not query.strip().rstrip(";"):
+        word = query.strip().rstrip(";").strip().lower()
+        if not word:
             query = ""
-        elif query.rstrip().endswith(";"):
-            try:
-                print(run(connection, query, format))
-            except InputError as error:
-                print(f"Error: {error}")
-            except KeyboardInterrupt:
-                print("interrupted")
+        elif word in (".exit", ".quit", "exit", "quit"):
+            return None
+        elif word.startswith("."):
+            _command(connection, word)
+            query = ""
+        elif _complete(query):
+            _answer(connection, query, format)
             query = ""
 
 
-def _message(error: duckdb.Error) -> str:
+def _answer(connection: duckdb.DuckDBPyConnection, query: str, format: Format) -> None:
+    try:
+        write(connection, query, format, sys.stdout)
+    except InputError as error:
+        print(f"Error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted")
+    sys.stdout.flush()
+
+
+def _command(connection: duckdb.DuckDBPyConnection, word: str) -> None:
+    if word == ".help":
+        print(HELP)
+    elif word == ".tables":
+        print("\n".join(name for (name,) in connection.execute("select table_name from (show tables) t(table_name)").fetchall()))
+    elif word == ".schema":
+        for view in ("pairs", "completions", "tokens"):
+            columns = connection.execute(f"describe {view}").fetchall()
+            print(f"{view}: " + ", ".join(f"{name} {kind}" for name, kind, *_ in columns))
+    else:
+        print(f"Error: {word}: no such command. .help lists them.")
+
+
+def _complete(query: str) -> bool:
+    """Does it end with a semicolon that is none of a text or a comment?"""
+    tokens = [start for start, kind in duckdb.tokenize(query) if kind != duckdb.token_type.comment]
+    return bool(tokens) and query.encode()[tokens[-1] :].startswith(b";")
+
+
+def _message(error: Exception) -> str:
     """DuckDB's message in one line, without its picture of the query."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith("LINE ") and line.strip("^")).rstrip(".")

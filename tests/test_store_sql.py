@@ -3,22 +3,26 @@
 import csv
 import io
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from store_samples import PROVENANCE, make_identity, make_shard, make_store, memory_folder
 
+import cli
 import store
 from store.errors import InputError, StoreError
 from store.folder import prepare_store
 from store.manifest import MANIFEST
 from store.reader import open_store
 from store.shard import part_name, parts_in, publish_shard
-from store.sql import connect, run
+from store.sql import connect, run, write_parquet
 from store.summary import _fit, summary
 
 
@@ -208,7 +212,7 @@ def test_odd_answers(made):
     assert run(connection, "select row from pairs where false", "csv") == "row"
     assert "row" in run(connection, "select row from pairs where false", "table")
     assert run(connection, "", "table") == run(connection, "", "csv") == ""
-    assert run(connection, "select 1 as a; select 2 as b", "csv") == "b\n2"
+    assert run(connection, "select 1 as a; select 2 as b", "csv") == "a\n1\nb\n2"
     assert "│" in run(connection, "describe tokens", "table")
 
 
@@ -226,12 +230,114 @@ def test_a_wrong_query_is_explained_on_one_line(made):
 
 def test_prompt(made):
     script = "select count(*) as n\nfrom pairs;\n;\nselec;\nselect 2 as two;\n"
-    program = "import sys; from store.sql import prompt; prompt(sys.argv[1], 'csv')"
+    program = "import sys; from store.sql import connect, prompt; prompt(connect(sys.argv[1]), 'csv')"
     code = Path(store.__file__).parents[1]
     command = [sys.executable, "-c", program, str(made)]
     done = subprocess.run(command, cwd=code, input=script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "n\n149\n" in done.stdout and "Error: Parser Error: syntax error" in done.stdout and "two\n2\n" in done.stdout
+
+
+def piped(made, script: str, *options: str) -> str:
+    command = [sys.executable, "cli.py", "inspect", "--ref-store", str(made), "-i", "--format", "csv", *options]
+    code = Path(store.__file__).parents[1]
+    done = subprocess.run(command, cwd=code, input=script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def test_prompt_answers_every_query_and_knows_the_usual_words(made):
+    script = "select 1 as a; select 2 as b;\nselect ';\n' as c;\nselect 3 -- ;\nas d; -- done\ncreate temp table t as select 4 as e;\nfrom t"
+    assert piped(made, script) == 'a\n1\nb\n2\nc\n";\n"\nd\n3\ne\n4\n'
+    assert piped(made, ".tables\n.schema\n.help\n.no\n").startswith(
+        "completions\npairs\ntokens\npairs: pair_id VARCHAR, row BIGINT"
+    )
+    for word in ("exit", "quit;", ".exit", "EXIT"):
+        assert piped(made, f"{word}\nselect 1 as a;\n") == ""
+
+
+def test_parquet_is_the_answer(made, tmp_path):
+    sql = "select row, side, logp, token_id from tokens order by row, side, position"
+    assert write_parquet(connect(made), sql, tmp_path / "new" / "x.parquet") == len(connect(made).sql(sql).fetchall())
+    table = pq.read_table(tmp_path / "new" / "x.parquet")
+    assert [tuple(row.values()) for row in table.to_pylist()] == connect(made).execute(sql).fetchall()
+    assert table.schema.field("logp").type == "float" and table.schema.field("token_id").type == "int32"
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("select 1; select 2", "not one query; found 2 statements"),
+        ("create table t as select 1", "not one query"),
+        ("selec", "syntax error"),
+        ("select interval 1 day as x", "cannot be written as Parquet"),
+        ("select if(range = 99999, error('boom'), 1) from range(100000)", "boom"),
+        ("copy pairs to 'x.parquet'", "not one query"),
+    ],
+)
+def test_a_parquet_file_is_there_whole_or_not_at_all(made, tmp_path, sql, message):
+    with pytest.raises(InputError, match=message):
+        write_parquet(connect(made), sql, tmp_path / "x.parquet")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x.parquet").write_text("precious")
+    with pytest.raises(InputError, match="exists already"):
+        write_parquet(connect(made), "select 1", tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").read_text() == "precious"
+
+
+def asked(made, *options: str, **popen) -> subprocess.Popen:
+    command = [sys.executable, "cli.py", "inspect", "--ref-store", str(made), *options]
+    return subprocess.Popen(command, cwd=Path(store.__file__).parents[1], stdout=subprocess.PIPE, text=True, **popen)
+
+
+ENDLESS = "from tokens a, tokens b, tokens c, tokens d where a.logp + b.logp + c.logp + d.logp"
+
+
+@pytest.mark.parametrize("format", ["csv", "json", "parquet"])
+def test_a_long_answer_is_streamed_and_ctrl_c_ends_it(made, tmp_path, format):
+    """An answer that would take hours: its first rows come at once; interrupted, the command ends and leaves no half file."""
+    to_file = ["--output", str(tmp_path / "x.parquet")] if format == "parquet" else []
+    process = asked(made, "--sql", f"select a.row {ENDLESS} < 0", "--format", format, *to_file, stderr=subprocess.PIPE)
+    if to_file:
+        wait_for(lambda: any(tmp_path.iterdir()))
+    else:
+        assert process.stdout.readline() == {"csv": "row\n", "json": '[{"row": 0},\n'}[format]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["table", "csv"])
+def test_ctrl_c_ends_a_query_that_has_no_row_yet(made, format):
+    process = asked(made, "--sql", f"select 1 as begun; select count(*) {ENDLESS} > 0", "--format", format, stderr=subprocess.PIPE)
+    while "1" not in process.stdout.readline():
+        pass
+    time.sleep(0.5)  # the second query has begun
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_options_of_inspect_that_say_nothing_together_are_refused(made, tmp_path):
+    for options, message in (
+        (("--format", "csv"), "--format: belongs to --sql"),
+        (("--output", str(tmp_path / "x")), "--output: belongs to --sql"),
+        (("-i", "--sql", "select 1"), "one of the two"),
+        (("-i", "--output", str(tmp_path / "x")), "belongs to --sql"),
+        (("--sql", "select 1", "--format", "parquet"), "needs a file"),
+    ):
+        result = CliRunner().invoke(cli.main, ["inspect", "--ref-store", str(made), *options])
+        assert result.exit_code == 2 and message in result.output, result.output
+    argv = ["inspect", "--ref-store", str(made), "--sql", "select 'ü' as x", "--format", "csv", "--output", str(tmp_path / "x.csv")]
+    assert CliRunner().invoke(cli.main, argv).exit_code == 0
+    assert (tmp_path / "x.csv").read_bytes() == "x\nü\n".encode()
 
 
 # --- summary
