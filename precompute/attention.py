@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from precompute import kernels
 from precompute.packing import Branch, PackedBatch
@@ -175,9 +174,8 @@ def _attend_masked(query, key, value, scaling, sliding_window, layout: PackedLay
     return torch.cat(results, dim=1)
 
 
-# `eager`, `sdpa` and so on build mask matrices; ours needs none.
+# transformers makes no mask for a name without one of its own (AttentionMaskInterface), nor looks, at the cost of a wait, for packed positions.
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 def refuse_unpackable(model: PreTrainedModel) -> None:
