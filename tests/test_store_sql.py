@@ -22,7 +22,7 @@ from store.folder import prepare_store
 from store.manifest import MANIFEST
 from store.reader import open_store
 from store.shard import part_name, parts_in, publish_shard
-from store.sql import connect, run, write_parquet
+from store.sql import connect, prompt, run, write_parquet
 from store.summary import _fit, summary
 
 
@@ -238,22 +238,20 @@ def test_prompt(made):
     assert "n\n149\n" in done.stdout and "Error: Parser Error: syntax error" in done.stdout and "two\n2\n" in done.stdout
 
 
-def piped(made, script: str, *options: str) -> str:
-    command = [sys.executable, "cli.py", "inspect", "--ref-store", str(made), "-i", "--format", "csv", *options]
-    code = Path(store.__file__).parents[1]
-    done = subprocess.run(command, cwd=code, input=script, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done.stdout
+def test_prompt_answers_every_query_and_knows_the_usual_words(made, monkeypatch, capsys):
+    connection = connect(made)
 
+    def typed(script: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(script))
+        prompt(connection, "csv")
+        return capsys.readouterr().out
 
-def test_prompt_answers_every_query_and_knows_the_usual_words(made):
     script = "select 1 as a; select 2 as b;\nselect ';\n' as c;\nselect 3 -- ;\nas d; -- done\ncreate temp table t as select 4 as e;\nfrom t"
-    assert piped(made, script) == 'a\n1\nb\n2\nc\n";\n"\nd\n3\ne\n4\n'
-    assert piped(made, ".tables\n.schema\n.help\n.no\n").startswith(
-        "completions\npairs\ntokens\npairs: pair_id VARCHAR, row BIGINT"
-    )
+    assert typed(script) == 'a\n1\nb\n2\nc\n";\n"\nd\n3\ne\n4\n'
+    assert typed(".schema\n.help\n.no\n").startswith("pairs: pair_id VARCHAR, row BIGINT")
+    assert typed(".tables\n") == "completions\npairs\nt\ntokens\n"
     for word in ("exit", "quit;", ".exit", "EXIT"):
-        assert piped(made, f"{word}\nselect 1 as a;\n") == ""
+        assert typed(f"{word}\nselect 1 as a;\n") == ""
 
 
 def test_parquet_is_the_answer(made, tmp_path):
