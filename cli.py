@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from store import DTYPES
 from store.errors import InputError, RefdpoError
@@ -297,8 +298,9 @@ def _report_store(path: Path, code: int, show: str = "text") -> None:
 
 @command("analyze")
 @click.option("--dataset", required=True, help="As for precompute: a preset, a hub id, a file or a folder.")
-@click.option("--tokenizer", "--model", help="Folder or hub id.  [default: the preset's model]")
-@click.option("--revision", help="Revision of the tokenizer on the hub.")
+@click.option("--model", help="Folder or hub id, for its tokenizer; it is not loaded.  [default: the preset's]")
+@click.option("--revision", help="Revision of the model on the hub (and of its tokenizer).")
+@click.option("--tokenizer", help="Folder or hub id.  [default: the model's]")
 @click.option(
     "--chat-template",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -354,15 +356,29 @@ def analyze_cmd(
 
         click.echo(json.dumps(analysis.to_json(), indent=1, ensure_ascii=False))
     else:
-        click.echo(describe(analysis, Rates(tokens_per_second, train_tokens_per_second, num_gpus)))
+        click.echo(describe(analysis, Rates(tokens_per_second, train_tokens_per_second, num_gpus), _also_for_precompute()))
         click.echo(f"histogram: {png}")
 
 
-def _analyze_config(dataset: str, **given):
+def _also_for_precompute() -> list[str]:
+    """The words of this `analyze` that make precompute read the same rows in the same way."""
+    context = click.get_current_context()
+    known = {option.name for option in main.commands["precompute"].params} - {"max_length", "num_workers"}
+    words = []
+    for option in context.command.params:
+        if option.name in known and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            value = context.params[option.name]
+            words += [word for each in (value if option.multiple else [value]) for word in (option.opts[0], str(each))]
+    return words
+
+
+def _analyze_config(dataset: str, model: str | None, **given):
     """What was given, completed by the preset."""
     from presets import PRESETS
 
     preset = PRESETS.get(dataset)
+    if given["tokenizer"] is None:
+        given["tokenizer"] = model
     if given["tokenizer"] is None and preset is not None:
         if preset.name == "demo":
             from demo.model import make_demo_model
@@ -371,7 +387,7 @@ def _analyze_config(dataset: str, **given):
         given["tokenizer"] = preset.model
     if given["tokenizer"] is None:
         raise InputError(
-            "--tokenizer must be given: lengths depend on it",
+            "--model or --tokenizer must be given: lengths depend on it",
             where=f"--dataset {dataset}",
             next=f"Add it, or use a preset: {', '.join(PRESETS)}.",
         )

@@ -40,8 +40,8 @@ ROWS_PER_PROCESS = 2000
 
 ENOUGH = 0.95
 """The recommended max_length leaves at least this share of the pairs whole ..."""
-LOST = 0.001
-"""... and at most this share of the rows without a pair."""
+LOST = 0.01
+"""... and costs at most this share of the pairs, whose prompt alone fills it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class AtMaxLength:
     rejected_truncated: int
     unscorable: int
     """The prompt alone fills max_length, or the row has nothing to score at any."""
+    lost: int
+    """Of these, the pairs that a longer max_length would have."""
     cut_to_the_same: int
     """Pairs whose sides first differ behind max_length: no preference is left."""
     tokens_unshared: int
@@ -295,7 +297,7 @@ def _add_up(config: AnalyzeConfig, num_rows: int, blocks: list[_Block]) -> Analy
         counts["repeated"] = repeated
     packed = np.sum([block.tokens_packed for block in blocks], axis=0).tolist()
     at = _at_each(config, lengths, packed, unscorable.total())
-    fitting = [each for each in at if each.fits >= ENOUGH and each.unscorable - unscorable.total() <= LOST * len(lengths)]
+    fitting = [each for each in at if each.fits >= ENOUGH and each.lost <= LOST * len(lengths)]
     longer = lengths[:, 0] + lengths[:, 1:3].max(axis=1)
     return Analysis(
         config=config,
@@ -321,6 +323,7 @@ select
     count(*) filter (prompt < $max_length and prompt + chosen > $max_length) as chosen_truncated,
     count(*) filter (prompt < $max_length and prompt + rejected > $max_length) as rejected_truncated,
     count(*) filter (prompt >= $max_length) + $never as unscorable,
+    count(*) filter (prompt >= $max_length) as lost,
     count(*) filter (prompt < $max_length and same >= $max_length) as cut_to_the_same,
     coalesce(sum(least(prompt + chosen, $max_length) + least(prompt + rejected, $max_length))
         filter (prompt < $max_length), 0)::bigint as tokens_unshared,

@@ -2,12 +2,13 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from precompute.analyze import ENOUGH, Analysis, AtMaxLength
+from precompute.analyze import ENOUGH, LOST, Analysis, AtMaxLength
 from store.errors import InputError
 from store.schema import COUNTS
 
@@ -34,15 +35,16 @@ class Rates:
         return score, rate and analysis.scaled(at.tokens_padded) / rate / self.num_gpus / 3600
 
 
-def describe(analysis: Analysis, rates: Rates) -> str:
-    """About forty lines of at most 120 columns, most important last: what to type next."""
+def describe(analysis: Analysis, rates: Rates, options: Sequence[str] = ()) -> str:
+    """About forty lines of at most 120 columns, most important last: what to type next. `options`: words of this command that
+    precompute must be given too."""
     blocks = [
         _head(analysis),
         _lengths(analysis),
         _table(analysis, rates),
         _histogram(analysis),
         _rows(analysis),
-        _advice(analysis),
+        _advice(analysis, options),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -79,7 +81,7 @@ def _table(analysis: Analysis, rates: Rates) -> list[str]:
         hours = "".join(f"{_time(each):>10}" for each in rates.hours(analysis, at)) if timed else ""
         lines.append("".join(f"{cell:>13}" for cell in cells) + hours)
     lines.append(
-        "  no pair: the prompt alone fills it, or nothing to score; same: both sides equal once cut; saved: prefixes computed once"
+        "  fits: both sides whole; no pair: the prompt alone fills it, or nothing to score; same: both sides equal once cut; saved: prefixes computed once"
     )
     if timed:
         assumed = (
@@ -119,20 +121,25 @@ def _rows(analysis: Analysis) -> list[str]:
     return lines
 
 
-def _advice(analysis: Analysis) -> list[str]:
+def _advice(analysis: Analysis, options: Sequence[str]) -> list[str]:
+    enough = f"leaves {ENOUGH:.0%} of the pairs whole and costs at most {LOST:.0%} of them"
     if analysis.recommended is None:
         longest = analysis.at[-1]
-        return [
-            f"recommended: none of these; even --max-length {longest.max_length} leaves only {longest.fits:.1%} of the pairs whole"
-        ]
+        return [f"recommended: none of these {enough}; --max-length {longest.max_length}: {_kept(analysis, longest)}"]
     at = next(each for each in analysis.at if each.max_length == analysis.recommended)
     config = analysis.config
-    command = ["python", "cli.py", "precompute", "--dataset", config.name, "--max-length", str(at.max_length)]
-    more = "" if config.name != config.dataset else f" --model {shlex.quote(config.tokenizer)} --dtype bfloat16"
+    command = ["python", "cli.py", "precompute", *(options or ("--dataset", config.name)), "--max-length", str(at.max_length)]
+    if config.name == config.dataset:  # no preset, which would know the model and dtype
+        command += [*([] if "--model" in command else ["--model", config.tokenizer]), "--dtype", "bfloat16"]
     return [
-        f"recommended: --max-length {at.max_length}, the shortest that leaves {ENOUGH:.0%} of the pairs whole ({at.fits:.1%} of them)",
-        f"next: {shlex.join(command)}{more}",
+        f"recommended: --max-length {at.max_length}, the shortest that {enough} ({_kept(analysis, at)})",
+        f"next: {shlex.join(command)}",
     ]
+
+
+def _kept(analysis: Analysis, at: AtMaxLength) -> str:
+    """The two shares that decide."""
+    return f"{at.fits:.1%} whole, {at.lost / analysis.num_pairs:.2%} lost"
 
 
 def _tokens(count: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,49 @@ def test_recommendation_is_the_shortest_that_leaves_enough_whole(tokenizer, tmp_
     assert analyze(config(path, tokenizer, max_lengths=(64,))).recommended is None
     assert analyze(config(write(path, rows[:19]), tokenizer, max_lengths=(64, 256))).recommended == 256  # 18/19 = 94.7 %
     assert analyze(config(write(path, rows[:18]), tokenizer, max_lengths=(64, 256))).recommended == 64
+
+
+def test_recommendation_says_both_of_its_conditions_and_they_hold(tokenizer, tmp_path):
+    """Two of 100 prompts fill 64 tokens: 98 % of the pairs are whole there, yet 2 % would be lost. One of 100 is accepted."""
+    rows = [conversation(1, "yes")] * 98 + [conversation(80, "yes")] * 2
+    path = write(tmp_path / "rows.jsonl", rows)
+    found = analyze(config(path, tokenizer, max_lengths=(64, 512)))
+    assert (found.at[0].fits, found.at[0].lost, found.recommended) == (0.98, 2, 512)
+    text = describe(found, Rates(None, None, 1))
+    assert "the shortest that leaves 95% of the pairs whole and costs at most 1% of them (100.0% whole, 0.00% lost)" in text
+    found = analyze(config(write(path, rows[:99] + rows[:1]), tokenizer, max_lengths=(64, 512)))
+    assert found.recommended == 64 and "(99.0% whole, 1.00% lost)" in describe(found, Rates(None, None, 1))
+    found = analyze(config(write(path, rows), tokenizer, max_lengths=(64,)))
+    assert "none of these" in describe(found, Rates(None, None, 1)) and "64: 98.0% whole, 2.00% lost" in describe(
+        found, Rates(None, None, 1)
+    )
+
+
+def test_the_next_command_has_what_precompute_must_know_too(dataset, tokenizer, tmp_path):
+    """Every option that both commands have, but those that are answers or speed of this one."""
+    template = tmp_path / "it's.jinja"
+    template.write_text(tiny.CHATML)
+    values = {
+        "dataset": dataset,
+        "model": tokenizer,
+        "tokenizer": tokenizer,
+        "chat_template": template,
+        "split": "train",
+        "limit": 5,
+        "tokens_per_batch": 100,
+    }
+    others = {"max_length", "num_workers", "revision", "dataset_revision"}  # the latter two are for the hub alone
+    both = {option.name for option in cli.main.commands["analyze"].params} & {
+        option.name for option in cli.main.commands["precompute"].params
+    }
+    assert not (new := both - values.keys() - others), f"give a value to {new} above"
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    text = CliRunner().invoke(cli.main, ["analyze", *words, "--png", str(tmp_path / "x.png")], catch_exceptions=False).output
+    line = next(line for line in text.splitlines() if line.startswith("next: "))
+    given = shlex.split(line)[3:]
+    assert given[0] == "precompute"
+    options = dict(zip(given[1::2], given[2::2], strict=True))
+    assert options == dict(zip(words[::2], words[1::2], strict=True)) | {"--max-length": "1024", "--dtype": "bfloat16"}
 
 
 def test_expected_times_follow_from_the_rates(dataset, tokenizer):
