@@ -3,6 +3,7 @@
 import io
 
 import duckdb
+import numpy as np
 
 from store.report import BY_POSITION
 
@@ -63,8 +64,6 @@ def _columns(connection: duckdb.DuckDBPyConnection, sql: str) -> list:
 
 
 def _lengths(connection, max_length: int) -> bytes:
-    import numpy as np
-
     figure, axes = _axes("tokens", "pairs")
     sides = _columns(connection, "select num_prompt_tokens, num_chosen_tokens, num_rejected_tokens from pairs")
     bins = np.geomspace(max(1, min(values.min() for values in sides)), max(2, max(values.max() for values in sides)) + 1, 50)
@@ -77,8 +76,6 @@ def _lengths(connection, max_length: int) -> bytes:
 
 def _histogram(connection, value: str, label: str, table: str = "pairs") -> bytes:
     """Between the 0.5 and 99.5 % quantiles; what lies beyond is counted in the outermost bars."""
-    import numpy as np
-
     (values,) = _columns(connection, f"select {value} from {table}")
     low, high = np.quantile(values, [0.005, 0.995])
     if low == high:
@@ -115,9 +112,8 @@ def _by_position(connection) -> bytes:
 
 
 def _truncation(connection, max_length: int) -> bytes:
-    """How many pairs would still be whole under every shorter max_length: what `train --max-length` would cost."""
-    import numpy as np
-
+    """How many pairs are whole under every max_length up to the store's: what `train --max-length` would cost. Those that the store
+    itself cut are whole under none of them."""
     figure, axes = _axes("max length, tokens", "pairs whole, %")
     (needed,) = _columns(
         connection,
@@ -125,7 +121,17 @@ def _truncation(connection, max_length: int) -> bytes:
         """select num_prompt_tokens + greatest(num_chosen_tokens, num_rejected_tokens)
             + (chosen_truncated or rejected_truncated)::int from pairs""",
     )
-    lengths = np.unique(np.geomspace(needed.min(), max(max_length, needed.max()), 200).round().astype(int))
-    axes.plot(lengths, [(needed <= length).mean() * 100 for length in lengths], color=NEUTRAL, linewidth=1.8)
-    axes.set(xscale="log", ylim=(0, 102))
+    lengths, whole = whole_under(needed, max_length)
+    axes.plot(lengths, whole, color=NEUTRAL, linewidth=1.8)
+    axes.plot(max_length, whole[-1], "o", color=NEUTRAL, markersize=5)
+    axes.annotate(
+        f"this store: {whole[-1]:.1f} %", (max_length, whole[-1]), (-8, -14), textcoords="offset points", ha="right", fontsize=8
+    )
+    axes.set(xscale="log", ylim=(0, 105))
     return _png(figure)
+
+
+def whole_under(needed: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths, % of pairs that need no more), up to `max_length`; `needed`: tokens of prompt + the longer side, int64 [pairs]."""
+    lengths = np.unique([*np.geomspace(min(needed.min(), max_length), max_length, 200).round().astype(int), max_length])
+    return lengths, np.array([(needed <= length).mean() * 100 for length in lengths])

@@ -17,11 +17,12 @@ from store.sql import connect, readable_shards
 
 COUNTS_SHOWN = 6
 
+# Of lengths: the smallest that so many pairs do not exceed, a length that occurs, as analyze and the report say it. Log-probs are interpolated.
 MEASURED = """
 select
-    quantile_cont(num_prompt_tokens, [0.5, 0.9, 0.99, 1]) as prompt,
-    quantile_cont(num_chosen_tokens, [0.5, 0.9, 0.99, 1]) as chosen,
-    quantile_cont(num_rejected_tokens, [0.5, 0.9, 0.99, 1]) as rejected,
+    quantile_disc(num_prompt_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as prompt,
+    quantile_disc(num_chosen_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as chosen,
+    quantile_disc(num_rejected_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as rejected,
     quantile_cont(ref_chosen_logps - ref_rejected_logps, [0.05, 0.25, 0.5, 0.75, 0.95]) as by_sum,
     quantile_cont(ref_chosen_logps / num_chosen_tokens - ref_rejected_logps / num_rejected_tokens,
         [0.05, 0.25, 0.5, 0.75, 0.95]) as by_mean,
@@ -108,7 +109,7 @@ def _measured_lines(path: Path) -> list[str]:
         ) from error
     lengths = [_row(f"  {name}", (f"{number:,.0f}" for number in values[name])) for name in ("prompt", "chosen", "rejected")]
     return [
-        _row("length, tokens", ("p50", "p90", "p99", "max")),
+        _row("length, tokens", ("p50", "p90", "p95", "p99", "max")),
         *lengths,
         "",
         _row("margin, nats (chosen - rejected)", ("p5", "p25", "p50", "p75", "p95")),

@@ -6,20 +6,24 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import store_samples
 from click.testing import CliRunner
 
 import cli
+from precompute.analyze import _quantiles
 from store import report as module
 from store.errors import InputError, StoreError
 from store.folder import prepare_store
 from store.reader import open_store
 from store.report import report
+from store.report_pictures import whole_under
 from store.schema import SCHEMA
 from store.seal import seal
 from store.shard import publish_shard
+from store.summary import summary
 
 FIGURES = {
     "lengths.png",
@@ -149,3 +153,27 @@ def test_unsealed_store_is_refused(tmp_path):
     prepare_store(tmp_path / "store", identity)
     with pytest.raises(StoreError, match="not sealed"):
         report(tmp_path / "store", tmp_path / "out")
+
+
+def test_the_curve_of_whole_pairs_ends_where_the_store_does():
+    """By hand: of five pairs two were cut at 64, which they exceed; the others need 10, 30 and 64."""
+    lengths, whole = whole_under(np.array([10, 30, 64, 65, 65]), 64)
+    assert (lengths[0], lengths[-1]) == (10, 64) and (whole[0], whole[-1]) == (20, 60)
+    assert whole[lengths.tolist().index(63)] == 40 and list(whole) == sorted(whole)
+    lengths, whole = whole_under(np.array([65, 65]), 64)  # every pair was cut
+    assert list(lengths) == [64] and list(whole) == [0]
+
+
+def test_lengths_have_one_definition_of_quantiles(folder, page):
+    """analyze, inspect and report on the same lengths, of which the middle and the tails lie between two that occur."""
+    store_samples.make_store(folder / "even", num_rows=38, shard_size=16)
+    lengths = open_store(folder / "even").lengths()
+    columns = [lengths[f"num_{part}_tokens"].to_numpy() for part in ("prompt", "chosen", "rejected")]
+    here = visible(report(folder / "even", folder / "even_page").read_text())
+    by_analyze = _quantiles(np.stack([*columns, columns[0]], axis=1).astype(np.int64))
+    words = " ".join(summary(folder / "even").split())
+    for part, title in (("prompt", "prompt, tokens"), ("chosen", "chosen"), ("rejected", "rejected")):
+        values = " ".join(str(value) for value in by_analyze[part].values())
+        assert f"{title} {values}" in here and f" {part} {values}" in words
+    interpolated = [np.quantile(column, [0.5, 0.9, 0.95, 0.99]) for column in columns]
+    assert any(value % 1 for values in interpolated for value in values)  # not vacuous

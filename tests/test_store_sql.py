@@ -356,7 +356,7 @@ def test_summary_fits_a_screen_and_its_numbers_are_right(made):
         "149 of 150 rows; 1 unscorable",
         "1 unscorable: prompt fills max_length",
         f"{num_chosen.sum() + num_rejected.sum():,} scored in completions",
-        "chosen " + " ".join(f"{n:,.0f}" for n in np.quantile(num_chosen, [0.5, 0.9, 0.99, 1])),
+        "chosen " + " ".join(f"{n:,}" for n in np.quantile(num_chosen, [0.5, 0.9, 0.95, 0.99, 1], method="inverted_cdf")),
         "of the sums " + " ".join(f"{n:,.1f}" for n in np.quantile(chosen - rejected, quantiles)),
         "per token " + " ".join(f"{n:,.3f}" for n in np.quantile(chosen / num_chosen - rejected / num_rejected, quantiles)),
         f"{(chosen > rejected).mean():.1%} by sum, {(chosen / num_chosen > rejected / num_rejected).mean():.1%} per token",
