@@ -42,7 +42,7 @@ p { margin: .4rem 0; } .mute { color: var(--mute); font-size: .9rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .tile { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } img { width: 100%; height: auto; } figcaption { font-size: .9rem; color: var(--mute); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -100,7 +100,7 @@ rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|n
 {{ quantiles([("prompt, tokens", s.prompt), ("chosen", s.chosen), ("rejected", s.rejected)], ["p50", "p90", "p95", "p99", "max"]) }}
 <div class="figures">
 {{ picture("lengths.png", "Scored tokens per pair") }}
-{{ picture("truncation.png", "Pairs that stay whole under a shorter max length; train --max-length takes any value up to the store's") }}
+{{ picture("truncation.png", "Pairs of this store that are whole under a shorter max length" + ("" if sums_only else "; train --max-length takes any value up to the store's")) }}
 </div>
 <h2>Reference margins</h2>
 {{ quantiles([("sums, nats", s.margins), ("per token", s.mean_margins)], ["p5", "p25", "p50", "p75", "p95"]) }}
@@ -135,7 +135,7 @@ rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|n
 {{ picture("compared_margins.png", "Margins, here against there; the line is equality") }}
 {{ picture("compared_change.png", "Change of the margin") }}
 </div>
-<div class="wide"><table><tr><th>identity</th><th class="text">here</th><th class="text">there</th></tr>
+<div class="wide" style="margin-top: 1rem"><table><tr><th>identity</th><th class="text">here</th><th class="text">there</th></tr>
 {% for name, here, there, differs in comparison.identity %}
 <tr{% if differs %} class="differs"{% endif %}><td>{{ name }}</td><td class="text">{{ here|short }}</td><td class="text">{{ there|short }}</td></tr>
 {% endfor %}

@@ -48,6 +48,16 @@ def _axes(xlabel: str, ylabel: str):
     return figure, axes
 
 
+def _log_scale(axes) -> None:
+    """Numbers of tokens as people write them, 2,000 rather than 2 x 10^3."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _png(figure) -> bytes:
     from matplotlib import pyplot
 
@@ -69,8 +79,8 @@ def _lengths(connection, max_length: int) -> bytes:
     bins = np.geomspace(max(1, min(values.min() for values in sides)), max(2, max(values.max() for values in sides)) + 1, 50)
     for values, name, color in zip(sides, ("prompt", "chosen", "rejected"), (NEUTRAL, CHOSEN, REJECTED), strict=True):
         axes.hist(values, bins=bins, histtype="step", linewidth=1.6, label=name, color=color)
-    axes.set_xscale("log")
-    axes.legend(frameon=False, loc="upper left")
+    _log_scale(axes)
+    axes.legend(frameon=False)
     return _png(figure)
 
 
@@ -106,7 +116,7 @@ def _by_position(connection) -> bytes:
         axes.plot(
             [row[2] for row in mine], [row[4] for row in mine], color=color, linestyle=":", label="lowest tenth below", linewidth=1
         )
-    axes.set_xscale("log")
+    _log_scale(axes)
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
@@ -125,9 +135,10 @@ def _truncation(connection, max_length: int) -> bytes:
     axes.plot(lengths, whole, color=NEUTRAL, linewidth=1.8)
     axes.plot(max_length, whole[-1], "o", color=NEUTRAL, markersize=5)
     axes.annotate(
-        f"this store: {whole[-1]:.1f} %", (max_length, whole[-1]), (-8, -14), textcoords="offset points", ha="right", fontsize=8
+        f"this store: {whole[-1]:.1f} %", (max_length, whole[-1]), (4, 8), textcoords="offset points", ha="right", fontsize=9
     )
-    axes.set(xscale="log", ylim=(0, 105))
+    axes.set(ylim=(0, 112), yticks=range(0, 101, 20))
+    _log_scale(axes)
     return _png(figure)
 
 
