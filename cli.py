@@ -366,7 +366,7 @@ def _also_for_precompute() -> list[str]:
     known = {option.name for option in main.commands["precompute"].params} - {"max_length", "num_workers"}
     words = []
     for option in context.command.params:
-        if option.name in known and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+        if option.name in known and _typed(context, option.name):
             value = context.params[option.name]
             words += [word for each in (value if option.multiple else [value]) for word in (option.opts[0], str(each))]
     return words
@@ -742,12 +742,21 @@ def _decoder(identity, name: str | None):
 @click.option("--revision", help="Revision of --model on the hub.")
 @click.option("--num-pairs", type=click.IntRange(min=1), default=HOW_MANY_RESCORED, show_default=True, help="Size of that sample.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random choice.")
-@click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True)
-def verify_cmd(ref_store: Path, model: str | None, revision: str | None, num_pairs: int, seed: int, layout: str) -> None:
+@click.option("--layout", type=click.Choice(["packed", "padded"]), help="[default: the one the store was made in]")
+def verify_cmd(ref_store: Path, model: str | None, revision: str | None, num_pairs: int, seed: int, layout: str | None) -> None:
     """Check a sealed store: checksums, row coverage, footers, values and counts; with --model also the numbers."""
     from store.bar import bar
     from store.verify import verify
 
+    context = click.get_current_context()
+    needless = [name for name in ("revision", "num_pairs", "seed", "layout") if _typed(context, name)]
+    if model is None and needless:
+        raise InputError("belongs to --model", where=", ".join(f"--{name.replace('_', '-')}" for name in needless))
+    if model is not None:
+        with quiet_libraries():
+            from precompute.model import config_sha256
+
+            config = config_sha256(model, revision)  # a wrong name is seen before every byte of the store is read
     with bar("verifying", "shards") as progress:
         findings = verify(ref_store, progress)
     for finding in findings:
@@ -757,26 +766,49 @@ def verify_cmd(ref_store: Path, model: str | None, revision: str | None, num_pai
     click.echo(f"{ref_store}: intact")
     if model is not None:
         with quiet_libraries():
-            _rescore(ref_store, model, revision, num_pairs, seed, layout)
+            _rescore(ref_store, model, revision, config, num_pairs, seed, layout)
 
 
-def _rescore(ref_store: Path, model: str, revision: str | None, num_pairs: int, seed: int, layout: str) -> None:
+def _typed(context: click.Context, name: str) -> bool:
+    """Was this option given on the command line, rather than left at its default?"""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _rescore(ref_store: Path, model: str, revision: str | None, config: str, num_pairs: int, seed: int, layout: str | None) -> None:
     import launch
     from precompute.model import load_model, weights_sha256
-    from precompute.rescore import rescore
+    from precompute.rescore import TOLERANCE, rescore
+    from store.errors import StoreError
     from store.reader import open_store
+    from store.schema import SUMS_ONLY
 
     store = open_store(ref_store, check="none")
-    loaded = load_model(model, revision=revision, dtype=store.identity.dtype, device=launch.device(0))
-    same = weights_sha256(loaded) == store.identity.weights_sha256
+    identity = store.identity
+    loaded = load_model(model, revision=revision, dtype=identity.dtype, device=launch.device(0))
+    checked = (("weights", weights_sha256(loaded), identity.weights_sha256), ("configuration", config, identity.config_sha256))
+    others = [what for what, now, stored in checked if now != stored]
+    layout = layout or store.manifest.provenance.get("layout", "packed")  # what made it; an imported store does not say
     result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
-    click.echo(f"{model}: {'the weights that made the store' if same else 'NOT the weights that made the store'}")
+    of = "completion's mean" if identity.scorer_version == SUMS_ONLY else "token"
     click.echo(
-        f"{result.num_pairs} pairs ({result.num_tokens:,} tokens) scored again in other batches: |difference| per token "
+        f"{result.num_pairs} pairs ({result.num_tokens:,} tokens) scored again in other batches, {layout}: |difference| per {of} "
         f"mean {result.mean_token_difference:.2e}, max {result.max_token_difference:.2e} nats; per sum max {result.max_sum_difference:.2e} nats"
     )
-    if not same:
-        sys.exit(1)
+    if others:
+        raise StoreError(
+            f"{model} has NOT the {' and '.join(others)} that made the store",
+            where=ref_store,
+            next=f"It was made with {identity.model}{f'@{identity.revision}' if identity.revision else ''}.",
+        )
+    click.echo(f"{model}: the weights that made the store")
+    if not result.mean_token_difference <= TOLERANCE[identity.dtype]:  # also true for NaN
+        raise StoreError(
+            "these weights give other numbers here than the store has",
+            where=ref_store,
+            expected=f"at most {TOLERANCE[identity.dtype]:g} nats per {of} in {identity.dtype}",
+            found=f"{result.mean_token_difference:.2g}, most on row {result.worst_row}",
+            next="Either this machine computes wrongly (try the other --layout) or the one that made the store did.",
+        )
 
 
 @command("status")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from precompute.packing import Sequence
 from precompute.pairs import Pair, tokenize_rows
+from precompute.rescore import TOLERANCE
 from precompute.scoring import score
 from precompute.shard import shard_of
 from precompute.worker import PrecomputeConfig, load_inputs
@@ -26,9 +27,6 @@ from store.seal import seal
 from store.shard import publish_shard
 
 NAMES = ("ref_chosen_logps", "ref_rejected_logps")
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
-"""Largest mean over completions of |rescored - cached| per token, nats: the same as the gate's before training, measured there."""
 
 
 def import_trl(

@@ -89,8 +89,11 @@ def weights_sha256(model: PreTrainedModel) -> str:
 
 
 def config_sha256(name: str, revision: str | None = None) -> str:
-    """Hash of config.json without the entries that do not change the numbers: a changed RoPE or window is another model."""
-    raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    """Hash of config.json without the entries that do not change the numbers: a changed RoPE or window is another model. Raises InputError."""
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except Exception as error:
+        raise _not_loadable("configuration", name, revision, error) from error
     return _sha256({key: value for key, value in raw.items() if key not in VOLATILE_CONFIG})
 
 

@@ -72,7 +72,7 @@ def export(
         raise InputError("exists already", where=f"--output {output}", next="Choose another --output, or remove it yourself.")
     staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     writers = {"trl": _trl, "open-instruct": _open_instruct, "megatron-bridge": _megatron, "jsonl": _jsonl}
-    options = {"open-instruct": (loss_type,), "megatron-bridge": (metadata or {},)}.get(format, ())
+    options = {"open-instruct": (loss_type,), "megatron-bridge": (metadata or {}, output)}.get(format, ())
     try:
         staging.mkdir(parents=True)
         notes = writers[format](store, staging, progress or (lambda done, total: None), *options)
@@ -183,8 +183,8 @@ def _open_instruct(store: Store, folder: Path, progress, loss_type: str) -> list
     return notes
 
 
-def _megatron(store: Store, folder: Path, progress, metadata: dict[str, Any]) -> list[str]:
-    """One line per source row: its reader demands every pair_id (there: the row's index) from 0 on. Rows without a pair are stubs
+def _megatron(store: Store, folder: Path, progress, metadata: dict[str, Any], output: Path) -> list[str]:
+    """`output` is what `folder` will be called. One line per source row: its reader demands every pair_id (there: the row's index) from 0 on. Rows without a pair are stubs
     there."""
     identity = store.identity
     table = store.lengths()
@@ -216,7 +216,7 @@ def _megatron(store: Store, folder: Path, progress, metadata: dict[str, Any]) ->
     }
     (folder / "scoring_metadata.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     notes = [
-        f"{identity.num_rows:,} rows; dataset.ref_artifact={folder.name} must be trained with the values of scoring_metadata.json (--metadata KEY=JSON sets them)"
+        f"{identity.num_rows:,} rows; dataset.ref_artifact={output} must be trained with the values of scoring_metadata.json (--metadata KEY=JSON sets them)"
     ]
     if store.manifest.unscorable:
         notes.append(

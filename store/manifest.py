@@ -221,7 +221,7 @@ _READ_PROVENANCE = {
     "tokens_per_second": ("a number or null", lambda value: value is None or _is_number(value)),
     "shards_by_worker": ("an object", lambda value: isinstance(value, dict)),
     "shards_by_device": ("an object", lambda value: isinstance(value, dict)),
-    "layout": ("a string", lambda value: isinstance(value, str)),
+    "layout": ("packed or padded", lambda value: value in ("packed", "padded")),
 }
 """Entries of the provenance that refdpo itself reads, as sealing writes them; all others are free."""
 

@@ -164,13 +164,14 @@ def test_open_instruct_cache(world, tmp_path):
 def test_megatron_bridge_artifact(world, tiny_llama, tmp_path):
     """Its rules: every pair_id from 0 to rows - 1 exactly once with four columns, and a fingerprint equal to the training
     configuration's."""
-    export(
+    notes = export(
         world / "store",
         "megatron-bridge",
         tmp_path / "out",
         metadata={"split": None, "tensor_model_parallel_size": 2},
         accept_other_tokens=True,
     )
+    assert f"dataset.ref_artifact={tmp_path / 'out'} " in notes[0] and Path(notes[0].split("ref_artifact=")[1].split()[0]).is_dir()
     lines = [json.loads(line) for line in (tmp_path / "out" / "ref_logprobs.jsonl").read_text().splitlines()]
     assert [line["pair_id"] for line in lines] == list(range(20))
     stored = {pair["row"]: pair for pair in open_store(world / "store").lengths().to_pylist()}

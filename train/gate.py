@@ -15,7 +15,7 @@ import torch.distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from precompute.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
-from precompute.rescore import Rescored, rescore
+from precompute.rescore import TOLERANCE, Rescored, rescore
 from store.errors import InputError, StoreError
 from store.manifest import Identity
 from store.reader import Store
@@ -24,18 +24,6 @@ T = TypeVar("T")
 
 NUM_PAIRS = 8
 """Random pairs rescored, the same on every rank. A mean over some thousand tokens; seconds for a 7B model."""
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
-"""Largest mean over tokens of |policy now - stored|, nats. The mean, because single tokens are noisy: bfloat16 moves one by 0.3.
-
-Measured on SmolLM2-135M, 769 tokens of real chats, mean (largest) |difference| per token:
-    same weights, alone against in a padded batch      float32 8e-8 (7e-6)    float16 1e-4 (1e-2)    bfloat16 1e-3 (8e-2)
-    same weights, eager attention against SDPA         bfloat16 0.04 (0.29)
-    same weights, packed precompute against this gate  float32 7e-6            bfloat16 0.04          (2,255 tokens)
-    every weight off by 0.1 % / 1 % (normal)           float32 0.01 / 0.12    bfloat16 0.05 / 0.12
-The tolerance is 2.5 times what another kernel does in bfloat16 (8 times finer for float16's three more bits, rounded up), and far above the
-rounding of any float32 kernel while far below TF32. Weights that differ less than that are caught by their hash.
-"""
 
 COMPARED = ("weights_sha256", "config_sha256", "tokenizer_sha256", "chat_template_sha256", "dtype")
 """Fields of a store's identity that the policy must share."""
