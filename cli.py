@@ -103,6 +103,33 @@ class Commands(click.Group):
             ctx.exit(0)
 
 
+class Command(click.Command):
+    """Refuses an option that is given twice where one counts: the last would silently win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = self._given(ctx, args)
+        for name in dict.fromkeys(option.name for option in given):
+            same = [option for option in given if option.name == name]
+            if len(same) > 1 and not all(_may_be_repeated(option, args) for option in same):
+                named = ", ".join(dict.fromkeys(option.opts[0] for option in same))
+                raise InputError(f"given {len(same)} times, and one counts", where=named, next="Leave the others out.")
+        return super().parse_args(ctx, args)
+
+    def _given(self, ctx: click.Context, args: list[str]) -> list[click.Option]:
+        """The options on the command line, one entry for each time; none where the line is wrong, which click then says."""
+        try:
+            _, _, order = self.make_parser(ctx).parse_args(list(args))
+        except click.UsageError:
+            return []
+        return [each for each in order if isinstance(each, click.Option)]
+
+
+def _may_be_repeated(option: click.Option, args: list[str]) -> bool:
+    """Options that collect values, and switches: on is on. `--x` with `--no-x` is neither."""
+    both = any(word in args for word in option.opts) and any(word in args for word in option.secondary_opts)
+    return option.multiple or (option.is_flag and option.is_bool_flag and not both)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 def main() -> None:
     """Score a frozen reference model once, keep its log-probs in a Parquet store, train DPO from them without a reference forward.
@@ -119,7 +146,7 @@ def command(name: str):
 
     def decorate(function):
         function.__doc__ += "\n\n    Examples:\n\n    \b\n" + example.replace("\n\n", "\n")
-        return main.command(name)(function)
+        return main.command(name, cls=Command)(function)
 
     return decorate
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import tiny
 from click.testing import CliRunner
@@ -86,7 +87,7 @@ def test_models_that_cannot_score_are_refused(rows, tiny_llama, tmp_path):
         tiny.make_tokenizer().save_pretrained(tmp_path / name)
         refused(*options(rows, tmp_path / name, store), code=2, match=message)
     refused(
-        *options(rows, tiny_llama, store) + ["--max-length", "100000"], code=2, match="longer than the model's context.*at most 512"
+        *options(rows, tiny_llama, store, **{"max-length": 100000}), code=2, match="longer than the model's context.*at most 512"
     )
     assert not store.exists()
 
@@ -120,6 +121,33 @@ def test_unknown_loss_type_is_refused(rows, tiny_llama, tmp_path):
         "train", "--ref-store", store, "--loss-type", "sigmoidal", code=2, match="unknown loss type.*sigmoid_norm.*found sigmoidal"
     )
     refused("train", "--ref-store", store, "--loss-weights", "a,b", code=2, match="not comma-separated numbers")
+
+
+@pytest.mark.parametrize("name", sorted(cli.main.commands))
+def test_an_option_given_twice_where_one_counts_is_refused(name):
+    """Every option of every command, with two values of its type, alike or not; those that collect values may be repeated."""
+    command = cli.main.commands[name]
+    context = click.Context(command)
+    tried = 0
+    for option in command.params:
+        if not isinstance(option, click.Option) or option.is_flag:
+            continue
+        values = option.type.choices if isinstance(option.type, click.Choice) else ("7", "8")
+        words = [option.opts[0], values[0], option.opts[0], values[-1]]
+        if option.multiple:
+            assert len(command._given(context, words)) == 2
+            continue
+        refused(name, *words, code=2, match=f"{option.opts[0]}: given 2 times, and one counts")
+        refused(name, f"{option.opts[0]}={values[0]}", *words, code=2, match=f"{option.opts[0]}: given 3 times")
+        tried += 1
+    assert tried
+
+
+def test_switches_may_be_repeated_but_not_contradict(rows, tiny_llama, tmp_path):
+    refused("precompute", "--dataset", "demo", "--quiet", "--json", code=2, match="--quiet, --json: given 2 times")
+    both = ("--gradient-checkpointing", "--no-gradient-checkpointing")
+    refused("train", "--ref-store", tmp_path, *both, code=2, match="--gradient-checkpointing: given 2 times")
+    refused("train", "--ref-store", tmp_path / "no", "--resume", "--resume", code=2, match="no such folder")
 
 
 def test_presets_are_the_users_table():
