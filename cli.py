@@ -104,7 +104,8 @@ class Commands(click.Group):
 
 
 class Command(click.Command):
-    """Refuses an option that is given twice where one counts: the last would silently win."""
+    """Refuses an option that is given twice where one counts: the last would silently win. Keeps the values as they were typed, by
+    option, in `ctx.meta["typed"]`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given = self._given(ctx, args)
@@ -118,7 +119,7 @@ class Command(click.Command):
     def _given(self, ctx: click.Context, args: list[str]) -> list[click.Option]:
         """The options on the command line, one entry for each time; none where the line is wrong, which click then says."""
         try:
-            _, _, order = self.make_parser(ctx).parse_args(list(args))
+            ctx.meta["typed"], _, order = self.make_parser(ctx).parse_args(list(args))
         except click.UsageError:
             return []
         return [each for each in order if isinstance(each, click.Option)]
@@ -388,14 +389,15 @@ def analyze_cmd(
 
 
 def _also_for_precompute() -> list[str]:
-    """The words of this `analyze` that make precompute read the same rows in the same way."""
+    """The words of this `analyze` that make precompute read the same rows in the same way, as they were typed."""
     context = click.get_current_context()
     known = {option.name for option in main.commands["precompute"].params} - {"max_length", "num_workers"}
     words = []
     for option in context.command.params:
         if option.name in known and _typed(context, option.name):
-            value = context.params[option.name]
-            words += [word for each in (value if option.multiple else [value]) for word in (option.opts[0], str(each))]
+            value = context.meta["typed"][option.name]
+            values = value if option.multiple else [value]
+            words += [option.opts[0]] if option.is_flag else [word for each in values for word in (option.opts[0], each)]
     return words
 
 
