@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+import store.command
 from store import DTYPES
+from store.command import again, cli
 from store.errors import InputError, RefdpoError
 from train.leave import leave
 
@@ -91,6 +93,10 @@ HOW_MANY_RESCORED = 16
 
 class Commands(click.Group):
     """Turns every error a user can cause into one `Error:` line and an exit code; anything else is a bug and keeps its traceback."""
+
+    def main(self, args=None, *more, **named):
+        store.command.called_with = None if args is None else list(args)
+        return super().main(args, *more, **named)
 
     def invoke(self, ctx: click.Context):
         try:
@@ -289,7 +295,7 @@ def _precompute_config(dataset: str, **given):
         raise InputError(
             "is written in a local folder",
             where=f"--ref-store {given['ref_store']}",
-            next="Make it there, then copy it with: python cli.py push",
+            next=f"Make it in a folder, then copy it there: {cli('push', '--ref-store')} … {given['ref_store']}",
         )
     if given["ref_store"] is None:
         given["ref_store"] = Path("store") / (preset.name if preset else Path(dataset.rstrip("/")).name.split(".")[0])
@@ -302,7 +308,6 @@ def _precompute_config(dataset: str, **given):
 def _report_store(path: Path, code: int, show: str = "text") -> None:
     """Say what phase 1 made and what to type next; exit with `code` if it is not finished."""
     import json
-    import shlex
 
     from precompute.report import describe
     from store.manifest import Manifest, manifest_path
@@ -316,11 +321,17 @@ def _report_store(path: Path, code: int, show: str = "text") -> None:
         }
         click.echo(json.dumps({"event": "sealed", "ref_store": str(path), **counts, "counts": manifest.counts}))
     elif code == 0 and manifest_path(path).exists():
-        click.echo(describe(Manifest.load(manifest_path(path)), path))
-        quoted = shlex.quote(str(path))
-        click.echo(f"Next: python cli.py train --ref-store {quoted}\n      python cli.py inspect --ref-store {quoted}")
+        manifest = Manifest.load(manifest_path(path))
+        click.echo(describe(manifest, path))
+        # What phase 2 cannot take from the store: the template's text, and that packed refuses the model.
+        train = ["train", "--ref-store", str(path)]
+        if manifest.command is not None and manifest.command.chat_template is not None:
+            train += ["--chat-template", os.path.relpath(Path(manifest.command.folder, manifest.command.chat_template))]
+        if manifest.provenance.get("layout") == "padded":
+            train += ["--layout", "padded"]
+        click.echo(f"Next: {cli(*train)}\n      {cli('inspect', *train[1:3])}")
     elif code == 0:
-        raise RefdpoError("not every shard is done", where=path, next="Run the same command again to go on.")
+        raise RefdpoError("not every shard is done", where=path, next=f"Run the same command again to go on: {again()}")
     sys.exit(code)
 
 

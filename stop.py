@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from store.command import again
 from store.errors import RefdpoError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -52,10 +53,13 @@ class StopRequest:
         """Sleep, but no longer than until the first signal."""
         self._any.wait(seconds)
 
-    def error(self, what: str, where: object) -> Stopped:
-        """What to raise once everything is put down."""
+    def error(self, what: str, where: object, *more: str) -> Stopped:
+        """What to raise once everything is put down; `more` are the options that the same command needs to go on."""
         name = self._first.name if self._first else "another process"
-        return Stopped(f"stopped by {name}: {what}", where=where, next="Run the same command again to go on.")
+        with_options = f" with {' '.join(more)}" if more else ""
+        return Stopped(
+            f"stopped by {name}: {what}", where=where, next=f"Run the same command again{with_options} to go on: {again(*more)}"
+        )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from precompute.rescore import TOLERANCE
 from precompute.scoring import score
 from precompute.shard import shard_of
 from precompute.worker import PrecomputeConfig, load_inputs
+from store.command import Command
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store
 from store.manifest import Identity, Manifest, ShardReport
@@ -54,7 +55,8 @@ def import_trl(
             next="Pass the dataset, split, tokenizer, template and --max-length that TRL was given.",
         )
     _check_numbers(model, config.dtype, pairs, cached, num_pairs, cache)
-    prepare_store(config.ref_store, identity)
+    command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
+    prepare_store(config.ref_store, identity, command)
     missing = set(missing_shards(config.ref_store, identity))
     first = 0
     for index, block in enumerate(blocks):
@@ -67,7 +69,7 @@ def import_trl(
     return seal(
         config.ref_store,
         identity,
-        {"imported_from": f"TRL's cache {cache.name}"},
+        {"imported_from": f"TRL's cache {cache.name}", "command": command.to_json()},
         config.preset,
     )
 

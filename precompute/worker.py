@@ -42,6 +42,7 @@ from precompute.scoring import SCORER_VERSION, Layout, score_batches
 from precompute.shard import shard_of
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
+from store.command import Command
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store
 from store.manifest import MAX_SHARDS, Identity, Manifest, ShardReport, manifest_path
@@ -98,7 +99,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     rows, tokenizer, model, identity = load_inputs(config, where)
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
-    prepare_store(config.ref_store, identity)
+    command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
+    prepare_store(config.ref_store, identity, command)
     if config.layout == "packed":
         self_test(model, config.dtype)
     if config.tokens_per_batch == "auto":
@@ -146,7 +148,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         done = identity.num_shards - len(missing_shards(config.ref_store, identity))
         raise stop.error(f"{done} of {identity.num_shards} shards are done", config.ref_store)
     give_back_freed_memory()  # sealing holds every shard's footer
-    recorded = {"layout": config.layout, "threads_per_worker": torch.get_num_threads()}
+    recorded = {"layout": config.layout, "threads_per_worker": torch.get_num_threads(), "command": command.to_json()}
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
     while not manifest_path(config.ref_store).exists() and (held := claim_sealing(config.ref_store)) is None:
         stop.sleep(FIRST_PAUSE_S)

@@ -7,6 +7,7 @@ import socket
 import uuid
 from pathlib import Path
 
+from store.command import again
 from store.errors import StoreError
 
 STAGING = ".staging"
@@ -82,7 +83,7 @@ def refusal(error: OSError, path: Path, option: str = "--ref-store") -> StoreErr
         return StoreError(
             "disk full or quota reached while writing",
             where=path,
-            next=f"{kept}{'free' if kept else 'Free'} some space, then run the same command again{only}.",
+            next=f"{kept}{'free' if kept else 'Free'} some space, then run the same command again{only}: {again()}",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError(
@@ -93,4 +94,6 @@ def refusal(error: OSError, path: Path, option: str = "--ref-store") -> StoreErr
         )
     if not kept:
         return StoreError("cannot be written", where=path, found=error.strerror or error, next=f"Choose another {option}.")
-    return StoreError("cannot be written", where=path, found=error, next="Finished shards are kept; run the same command again.")
+    return StoreError(
+        "cannot be written", where=path, found=error, next=f"Finished shards are kept; run the same command again: {again()}"
+    )

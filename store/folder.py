@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from store import disk, record
+from store.command import Command, cli
 from store.errors import InputError, StoreError
 from store.manifest import MANIFEST, Identity, Manifest, check_same, manifest_path
 from store.shard import part_name, parts_in, read_footer
@@ -12,19 +13,19 @@ from store.shard import part_name, parts_in, read_footer
 IDENTITY_NOTE = "identity.json"
 """In the staging folder of an unsealed store: what its shards will say in their footers."""
 
+COMMAND_NOTE = "command.json"
+"""Beside it: the command that last went on with the store. A sealed store has it in its manifest's provenance."""
 
-_MAKE = "Make it with: python cli.py precompute --dataset … --ref-store"
 
-
-def prepare_store(store: Path, identity: Identity) -> None:
+def prepare_store(store: Path, identity: Identity, command: Command | None = None) -> None:
     """Make `store` a place where shards of `identity` may be published: create it, or check that it is a store of this identity.
 
-    Any number of workers may call this at once. InputError for a path that is no store and not empty (nothing is touched);
-    StoreError for a store of another identity or a folder that cannot be written.
+    `command` is noted, to be printed by whoever finds the store unfinished. Any number of workers may call this at once. InputError for a
+    path that is no store and not empty (nothing is touched); StoreError for a store of another identity or a folder that cannot be written.
     """
     refuse_non_store(store, for_writing=True)
     if store.exists() and (stored := stored_identity(store)) is not None:
-        check_same(stored, identity, store)
+        check_same(stored, identity, store, stored_command(store), command)
         if manifest_path(store).exists() and not missing_shards(store, identity):
             return  # complete: nothing will be written, so nothing need be writable
     note = store / disk.STAGING / IDENTITY_NOTE
@@ -34,10 +35,15 @@ def prepare_store(store: Path, identity: Identity) -> None:
             staged = disk.staging_path(store, IDENTITY_NOTE, "tmp")
             disk.write_new(staged, record.canonical(identity) + b"\n")
             disk.publish(staged, note)  # another worker may have been first: what it wrote is compared next
+        check_same(stored_identity(store), identity, store, stored_command(store), command)
+        if command is not None:
+            staged = disk.staging_path(store, COMMAND_NOTE, "tmp")
+            disk.write_new(staged, record.canonical(command) + b"\n")
+            os.replace(staged, note.with_name(COMMAND_NOTE))
     except OSError as error:
         if not manifest_path(store).exists():  # else another worker sealed, and removed the staging folder under us
             raise disk.refusal(error, store) from error
-    check_same(stored_identity(store), identity, store)
+        check_same(stored_identity(store), identity, store, stored_command(store), command)
 
 
 def stored_identity(store: Path) -> Identity | None:
@@ -56,6 +62,17 @@ def stored_identity(store: Path) -> Identity | None:
     return read_footer(parts[0])[0] if parts else None
 
 
+def stored_command(store: Path) -> Command | None:
+    """The command that makes a store, sealed or not; None where nobody noted it. StoreError for a broken manifest."""
+    if manifest_path(store).exists():
+        return Manifest.load(manifest_path(store)).command
+    note = store / disk.STAGING / COMMAND_NOTE
+    try:
+        return record.build(Command, record.parse(note.read_bytes(), note), note)
+    except (OSError, StoreError):  # a note for people; what counts is the identity
+        return None
+
+
 def refuse_non_store(path: Path, *, for_writing: bool = False) -> None:
     """InputError unless `path` is a store (or, for writing, does not exist or is empty)."""
     try:
@@ -71,7 +88,7 @@ def _refuse_non_store(path: Path, for_writing: bool) -> None:
         what = "a symbolic link to nothing" if path.is_symlink() else "no such folder"
         stores = _stores_in(path.parent) if path.parent.is_dir() else []
         beside = f"{path.parent}/ has: {_some(stores)}. " if stores else ""
-        raise InputError(what, where=path, next=f"{beside}{_MAKE} {shlex.quote(str(path))}")
+        raise InputError(what, where=path, next=f"{beside}{_make(path)}")
     if not path.is_dir():
         raise InputError("a file, not a folder", where=path, next="--ref-store names the folder of a store, such as store/think.")
     if _is_store(path):
@@ -87,7 +104,7 @@ def _refuse_non_store(path: Path, for_writing: bool) -> None:
             where=path,
             expected=f"part-*.parquet and {MANIFEST}",
             found=_some(entries) or "an empty folder",
-            next=f"{_MAKE} {shlex.quote(str(path))}",
+            next=_make(path),
         )
     if entries:
         raise InputError(
@@ -96,6 +113,10 @@ def _refuse_non_store(path: Path, for_writing: bool) -> None:
             found=_some(entries),
             next="Choose another --ref-store, or empty this folder yourself.",
         )
+
+
+def _make(path: Path) -> str:
+    return f"Make it with: {cli('precompute', '--dataset')} … --ref-store {shlex.quote(str(path))}"
 
 
 def is_shelf(path: Path) -> bool:

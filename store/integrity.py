@@ -1,5 +1,6 @@
 """Does a sealed store still hold what its manifest lists? Three depths, each including the one before."""
 
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from store.errors import StoreError
-from store.manifest import Manifest, check_same, manifest_path
+from store.manifest import Manifest, check_same, manifest_path, rerun
 from store.seal import sha256_of
 from store.shard import in_stretches, read_footer
 
@@ -44,10 +45,18 @@ def _listing(store: Path, manifest: Manifest) -> list[StoreError]:
     for shard in manifest.shards:
         size = sizes.pop(shard.name, None)
         if size is None:
-            found.append(StoreError("shard is missing", where=store / shard.name, next=advice(store)))
+            found.append(StoreError("shard is missing", where=store / shard.name, next=advice(store, manifest, shard.name)))
         elif size != shard.size:
             expected, is_now = f"{shard.size:,} bytes", f"{size:,} bytes"
-            found.append(StoreError("altered shard", where=store / shard.name, expected=expected, found=is_now, next=advice(store)))
+            found.append(
+                StoreError(
+                    "altered shard",
+                    where=store / shard.name,
+                    expected=expected,
+                    found=is_now,
+                    next=advice(store, manifest, shard.name),
+                )
+            )
     extra = "extra shard: the manifest does not list it, yet every reader of *.parquet would see it"
     found += [StoreError(extra, where=store / name, next="Move it elsewhere.") for name in sizes]
     return found
@@ -66,7 +75,7 @@ def _footer(store: Path, manifest: Manifest, index: int) -> StoreError | None:
     if listed == says:
         return None
     what = "footer and manifest disagree on (index, pairs, first row, rows)"
-    return StoreError(what, where=path, expected=listed, found=says, next=advice(store))
+    return StoreError(what, where=path, expected=listed, found=says, next=advice(store, manifest, shard.name))
 
 
 def _sha256(store: Path, manifest: Manifest, index: int) -> StoreError | None:
@@ -75,13 +84,17 @@ def _sha256(store: Path, manifest: Manifest, index: int) -> StoreError | None:
     try:
         found = sha256_of(path)
     except OSError as error:
-        return StoreError("cannot be read", where=path, found=error.strerror, next=advice(store))
+        return StoreError("cannot be read", where=path, found=error.strerror, next=advice(store, manifest, shard.name))
     if found == shard.sha256:
         return None
     expected = f"sha256 {shard.sha256[:12]}…"
-    return StoreError("altered shard", where=path, expected=expected, found=f"{found[:12]}…", next=advice(store))
+    return StoreError(
+        "altered shard", where=path, expected=expected, found=f"{found[:12]}…", next=advice(store, manifest, shard.name)
+    )
 
 
-def advice(store: Path) -> str:
-    """What to do about one damaged file of a sealed store."""
-    return f"Restore the file, or delete it and {manifest_path(store)} and run precompute again: it scores only what is missing."
+def advice(store: Path, manifest: Manifest, *damaged: str) -> str:
+    """What to do about damaged shards of a sealed store: the files are in their old state again, or are made again."""
+    files = shlex.join(str(each) for each in (*(store / name for name in damaged), manifest_path(store)))
+    again = rerun(manifest.identity, store, manifest.command)
+    return f"Restore the file, or delete it and {manifest_path(store)} and score what is missing: rm -f {files} && {again}"

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from store import DTYPES, record
+from store.command import Command, cli
 from store.errors import StoreError
-from store.schema import FORMAT_VERSION
+from store.schema import FORMAT_VERSION, SUMS_ONLY
 
 MANIFEST = "_manifest.json"
 """File whose presence means: this store is sealed. Readers of whole folders (pandas, pyarrow, Spark, …) skip names that begin with `_` or `.`; any other name
@@ -168,6 +169,12 @@ class Manifest(Totals):
     provenance: dict[str, Any]
     """What the numbers do not depend on: workers, devices, versions, seconds, tokens_per_second, layout, …"""
 
+    @property
+    def command(self) -> Command | None:
+        """What was typed to make the store, if that was recorded."""
+        value = self.provenance.get("command")
+        return record.build(Command, value, MANIFEST) if _is_command(value) else None
+
     def to_bytes(self) -> bytes:
         """The file's bytes: readable JSON that carries its own checksum."""
         value = {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -207,12 +214,20 @@ def manifest_path(store: Path) -> Path:
 
 
 def _altered(what: str, manifest: Manifest, path: Path) -> StoreError:
-    again = rerun(manifest.identity, path.parent)
+    again = f"rm {shlex.quote(str(path))} && {rerun(manifest.identity, path.parent, manifest.command)}"
     return StoreError(what, where=path, next=f"Restore the file, or delete it and re-run to seal the shards again: {again}")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value < 1e18
+
+
+def _is_command(value: object) -> bool:
+    try:
+        record.build(Command, value, MANIFEST)
+    except StoreError:
+        return False
+    return True
 
 
 _READ_PROVENANCE = {
@@ -222,40 +237,104 @@ _READ_PROVENANCE = {
     "shards_by_worker": ("an object", lambda value: isinstance(value, dict)),
     "shards_by_device": ("an object", lambda value: isinstance(value, dict)),
     "layout": ("packed or padded", lambda value: value in ("packed", "padded")),
+    "command": ("a command as store/command.py records it", _is_command),
 }
 """Entries of the provenance that refdpo itself reads, as sealing writes them; all others are free."""
 
 
-def check_same(stored: Identity, now: Identity, where: object) -> None:
-    """StoreError unless the identity found at `where` is that of this run; names each differing field, both values, the remedy."""
-    differing = stored.differences(now)
-    if not differing:
+def check_same(stored: Identity, now: Identity, where: object, then: Command | None = None, asked: Command | None = None) -> None:
+    """StoreError unless the identity found at `where` is that of this run; names what was asked for otherwise, both values, the remedy.
+
+    `then` and `asked` are the commands behind the two, where they are known: they tell a `--limit` from a file that has changed.
+    """
+    if not stored.differences(now):
         return
+    names = causes(stored, now, then, asked)
     raise StoreError(
-        f"made with another {', '.join(_TITLES[name] for name, _, _ in differing)}",
+        f"made with another {', '.join(_TITLES[name] for name in names)}",
         where=where,
-        expected="; ".join(f"{name} {_shown(value, name, now)}" for name, _, value in differing) + " (this run)",
-        found="; ".join(f"{name} {_shown(value, name, stored)}" for name, value, _ in differing) + " (there)",
-        next=_remedy(stored, now, [name for name, _, _ in differing]),
+        expected="; ".join(_shown(name, now, asked) for name in names) + " (this run)",
+        found="; ".join(_shown(name, stored, then) for name in names) + " (there)",
+        next=_remedy(stored, now, names, then),
     )
 
 
-def rerun(identity: Identity, store: Path) -> str:
-    """The command that makes or completes `store`, as far as the identity knows it."""
+def causes(stored: Identity, now: Identity, then: Command | None = None, asked: Command | None = None) -> list[str]:
+    """Why two identities differ: what was asked for otherwise (names of _TITLES), without the fields that only follow from it."""
+    found = {name for name, _, _ in stored.differences(now)}
+    _explain_model(found, stored, now, then, asked)
+    _explain_rows(found, stored, now, then, asked)
+    return [name for name in _TITLES if name in found]
+
+
+def _explain_model(found: set[str], stored: Identity, now: Identity, then: Command | None, asked: Command | None) -> None:
+    """Weights hash as loaded, hence otherwise in another dtype; configuration and tokenizer come with the model, a template with the
+    tokenizer."""
+    other_tokenizer = "tokenizer_sha256" in found
+    if "dtype" in found:
+        found.discard("weights_sha256")
+    if "weights_sha256" in found:
+        found.discard("config_sha256")
+    other_model = {"weights_sha256", "config_sha256"} & found and _renamed(stored, now, "model", "revision")
+    if other_model and stored.tokenizer == stored.model and now.tokenizer == now.model:
+        found.discard("tokenizer_sha256")
+        other_tokenizer = True
+    if other_tokenizer and not any(command is not None and command.chat_template for command in (then, asked)):
+        found.discard("chat_template_sha256")
+
+
+def _explain_rows(found: set[str], stored: Identity, now: Identity, then: Command | None, asked: Command | None) -> None:
+    """Which rows there are follows from split and limit, and the default shard size from their number."""
+    other_number, known = "num_rows" in found, then is not None and asked is not None
+    if "dataset_fingerprint" in found:
+        limited = (
+            known and other_number and then.limit != asked.limit and (stored.num_rows == then.limit or now.num_rows == asked.limit)
+        )
+        if source := _renamed(stored, now, "dataset", "dataset_revision", "split"):
+            if "dataset" not in source:
+                found -= {"dataset_fingerprint", "num_rows"}
+                found |= source
+        elif limited and (limited := _one_file_has_both(stored, now, then, asked)):
+            found -= {"num_rows", "dataset_fingerprint"}
+        elif other_number and not known:  # a limit, most likely; a file that has changed is not ruled out
+            found -= {"dataset_fingerprint"}
+        if limited:
+            found |= {"limit"}
+    if other_number and asked is not None and not any(command is not None and command.shard_size for command in (then, asked)):
+        found.discard("shard_size")
+
+
+def _one_file_has_both(stored: Identity, now: Identity, then: Command, asked: Command) -> bool:
+    """Whether limits explain both numbers of rows: a run without limit, or with fewer rows than that, has read all there were."""
+    runs = ((stored, then), (now, asked))
+    whole = {identity.num_rows for identity, command in runs if command.limit is None or identity.num_rows < command.limit}
+    return not whole or whole == {max(stored.num_rows, now.num_rows)}
+
+
+def _renamed(stored: Identity, now: Identity, *names: str) -> set[str]:
+    return {name for name in names if getattr(stored, name) != getattr(now, name)}
+
+
+def rerun(identity: Identity, store: Path, command: Command | None = None) -> str:
+    """What to type to make or complete `store`: the command that was typed, or what the identity knows of it where that is not known."""
+    if command is not None and (line := command.line(store)) is not None:
+        return line
     options = {
         "--dataset": identity.dataset,
         "--dataset-revision": identity.dataset_revision,
         "--split": identity.split,
+        "--limit": command and command.limit,
         "--model": identity.model,
         "--revision": identity.revision,
         "--tokenizer": identity.tokenizer if identity.tokenizer != identity.model else None,
-        "--max-length": str(identity.max_length),
+        "--chat-template": command and command.chat_template,
+        "--max-length": identity.max_length,
         "--dtype": identity.dtype,
-        "--shard-size": str(identity.shard_size),
-        "--ref-store": str(store),
+        "--shard-size": identity.shard_size,
+        "--ref-store": store,
     }
     given = [word for option, value in options.items() if value is not None for word in (option, value)]
-    return shlex.join(["python", "cli.py", "precompute", *given])
+    return cli("precompute", *given)
 
 
 _TITLES = {
@@ -264,6 +343,9 @@ _TITLES = {
     "tokenizer_sha256": "tokenizer",
     "chat_template_sha256": "chat template",
     "dataset_fingerprint": "dataset (its rows differ)",
+    "dataset_revision": "dataset revision",
+    "split": "split",
+    "limit": "limit",
     "num_rows": "number of rows",
     "max_length": "max length",
     "truncation": "truncation",
@@ -271,6 +353,7 @@ _TITLES = {
     "shard_size": "shard size",
     "scorer_version": "version of the scorer",
 }
+"""What is told apart, in the order of the message: fields of Identity, and the options behind them."""
 
 _NAMED_BY = {
     "weights_sha256": ("model", "revision"),
@@ -286,18 +369,26 @@ _OPTIONS = {
     "tokenizer_sha256": "--tokenizer",
     "chat_template_sha256": "--chat-template",
     "dataset_fingerprint": "--dataset and --split",
+    "dataset_revision": "--dataset-revision",
+    "split": "--split",
+    "limit": "--limit",
     "num_rows": "--limit",
     "max_length": "--max-length",
     "dtype": "--dtype",
     "shard_size": "--shard-size",
 }
 
-assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)}
+assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"limit"}
 
 
-def _shown(value: object, name: str, identity: Identity) -> str:
-    """A value as a person wants it: a short hash, and the name behind it."""
-    text = value[:12] if name.endswith(("sha256", "fingerprint")) else str(value)
+def _shown(name: str, identity: Identity, command: Command | None) -> str:
+    """A field and its value as a person wants it: a short hash, and the name behind it."""
+    if name == "limit":
+        return f"limit {command.limit} ({identity.num_rows:,} rows)"
+    value = getattr(identity, name)
+    text = f"{name} {value[:12] if name.endswith(('sha256', 'fingerprint')) else value}"
+    if name == "chat_template_sha256" and command is not None:
+        return f"{text} ({command.chat_template or f'that of {identity.tokenizer}'})"
     if name not in _NAMED_BY:
         return text
     label, revision = _NAMED_BY[name]
@@ -305,13 +396,39 @@ def _shown(value: object, name: str, identity: Identity) -> str:
     return f"{text} ({label}@{revision})" if revision else f"{text} ({label})"
 
 
-def _remedy(stored: Identity, now: Identity, names: list[str]) -> str:
+def _remedy(stored: Identity, now: Identity, names: list[str], then: Command | None) -> str:
+    if SUMS_ONLY in (stored.scorer_version, now.scorer_version) and "scorer_version" in names:
+        way = "there TRL's sums were imported, here" if stored.scorer_version == SUMS_ONLY else "there every token was scored, here"
+        return f"Not the same kind: {way} it is the other way round. Choose another --ref-store."
     if names == ["scorer_version"]:
         return "Another version of refdpo wrote it: use that version, or make a new store with another --ref-store."
-    options = dict.fromkeys(_OPTIONS[name] for name in names if name in _OPTIONS)
-    advice = f"To go on with this store repeat its {', '.join(options)}; for other numbers choose another --ref-store."
-    if "weights_sha256" in names and (stored.model, stored.revision) == (now.model, now.revision):
-        advice += f" The weights behind {now.model} have changed since: pin a --revision."
-    if "dataset_fingerprint" in names and (stored.dataset, stored.dataset_revision) == (now.dataset, now.dataset_revision):
-        advice += f" The rows of {now.dataset} have changed since."
-    return advice
+    changed = _changed_under_its_name(stored, now, names)
+    followed = {"num_rows"} if "dataset_fingerprint" in names else set()
+    options = dict.fromkeys(_OPTIONS[name] for name in names if name in _OPTIONS and name not in {*changed, *followed})
+    go_on = f"To go on with this store repeat its {', '.join(options)}; for" if options else "For"
+    parts = [f"{go_on} other numbers choose another --ref-store.", *dict.fromkeys(changed.values())]
+    if "dtype" in names and "config_sha256" not in names and _renamed(stored, now, "model", "revision"):
+        parts.append(
+            f"The model was {stored.model}, now it is {now.model}: whether the weights differ too shows in one dtype only."
+        )
+    if then is not None:
+        parts.append(f"Its command was: {then.text()}")
+    return " ".join(parts)
+
+
+def _changed_under_its_name(stored: Identity, now: Identity, names: list[str]) -> dict[str, str]:
+    """The causes that no option can mend, as the name is the same, and what is said about them."""
+    model, rows = (
+        f"The weights behind {now.model} have changed since: pin a --revision.",
+        f"The rows of {now.dataset} have changed since.",
+    )
+    told = {
+        "weights_sha256": (model, ("model", "revision")),
+        "config_sha256": (f"The configuration of {now.model} has changed since.", ("model", "revision")),
+        "tokenizer_sha256": (f"The tokenizer {now.tokenizer} has changed since.", ("tokenizer", "revision")),
+        "dataset_fingerprint": (rows, ("dataset", "dataset_revision", "split")),
+        "num_rows": (rows, ("dataset", "dataset_revision", "split")),
+    }
+    if "dataset_fingerprint" not in names:
+        told.pop("num_rows")
+    return {name: text for name, (text, named) in told.items() if name in names and not _renamed(stored, now, *named)}

@@ -42,7 +42,7 @@ def open_store(path: Path, check: Check = "footers") -> "Store":
     path = Path(path)
     store = Store(path, load_manifest(path))
     if found := damage(path, store.manifest, check):
-        raise found[0] if len(found) == 1 else _combined(path, found)
+        raise found[0] if len(found) == 1 else _combined(path, store.manifest, found)
     return store
 
 
@@ -55,11 +55,14 @@ def load_manifest(path: Path) -> Manifest:
     return Manifest.load(manifest_path(path))
 
 
-def _combined(path: Path, found: list[StoreError]) -> StoreError:
+def _combined(path: Path, manifest: Manifest, found: list[StoreError]) -> StoreError:
     """One error for several damaged files; names the first ten."""
     listed = ", ".join(f"{error.where.name} ({error.what.partition(':')[0]})" for error in found[:10])
+    shards = {shard.name for shard in manifest.shards}  # a file beside them is not ours to remove
     what = f"{len(found)} files are not as sealed: {listed}{', …' if len(found) > 10 else ''}"
-    return StoreError(what, where=path, next=advice(path))
+    return StoreError(
+        what, where=path, next=advice(path, manifest, *(error.where.name for error in found if error.where.name in shards))
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,8 @@ class Store:
                     yield self._known(rows_here)
                 first = stop
         if rows[-1][0] >= first:
-            raise StoreError("fewer rows than the manifest says", where=self._path_of(shard), next=advice(self.path))
+            path = self._path_of(shard)
+            raise StoreError("fewer rows than the manifest says", where=path, next=advice(self.path, self.manifest, path.name))
 
     def _known(self, table: pa.Table) -> pa.Table:
         """Without the token log-probs that earlier versions made up for imported stores."""
@@ -162,7 +166,9 @@ class Store:
                 yield file
         except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0][:160]
-            raise StoreError("cannot be read", where=path, found=reason, next=advice(self.path)) from error
+            raise StoreError(
+                "cannot be read", where=path, found=reason, next=advice(self.path, self.manifest, path.name)
+            ) from error
 
 
 def _table(names: Sequence[str], tables: Iterable[pa.Table]) -> pa.Table:

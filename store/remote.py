@@ -8,6 +8,7 @@ local_copy("s3://bucket/think")                               what `--ref-store 
 
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from store import disk
+from store.command import Command, again
 from store.errors import InputError, StoreError
 from store.folder import prepare_store
 from store.manifest import FORMER_MANIFEST, MANIFEST, Identity, Manifest, ShardFile, check_same, manifest_path
@@ -60,7 +62,7 @@ def pull(source: str, path: Path, progress: Progress | None = None, revision: st
         if manifest_path(path).exists():
             check_same(Manifest.load(manifest_path(path)).identity, manifest.identity, path)
             return open_store(path, check="sha256").manifest
-        prepare_store(path, manifest.identity)
+        prepare_store(path, manifest.identity, Command.now(path))
         done = 0
         with ThreadPoolExecutor(THREADS) as threads:
             for _ in threads.map(lambda shard: _pull_shard(files, root, shard, path), manifest.shards):
@@ -97,7 +99,9 @@ def push(path: Path, target: str, progress: Progress | None = None, *, private: 
                 files.put_file(str(path / shard.name), there)
             if files.size(there) != shard.size or _sha256(files, there) != shard.sha256:
                 raise StoreError(
-                    "a shard is not there as it was sent", where=f"{url}/{shard.name}", next="Run the same command again."
+                    "a shard is not there as it was sent",
+                    where=f"{url}/{shard.name}",
+                    next=f"Run the same command again: {again()}",
                 )
             if progress is not None:
                 progress(done, len(store.manifest.shards))
@@ -140,7 +144,7 @@ def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> 
             raise StoreError(
                 f"{len(wrong)} shards are not there as they were sent: {', '.join(wrong[:5])}",
                 where=repo,
-                next="Run the same command again.",
+                next=f"Run the same command again: {again()}",
             )
         for name, data in ((CARD, card(store.manifest, repo).encode()), (sealed_by, store.manifest.to_bytes())):
             api.upload_file(
@@ -155,7 +159,7 @@ def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> 
         raise InputError(
             f"the Hub refused: {type(error).__name__}: {reason}",
             where=repo,
-            next="Log in with `hf auth login`, check the name, then run it again.",
+            next=f"Log in with `hf auth login`, check the name, then run it again: {again()}",
         ) from error
     if progress is not None:
         progress(len(shards), len(shards))
@@ -235,7 +239,11 @@ def _pull_shard(files, root: str, shard: ShardFile, path: Path) -> None:
     if final.exists():
         if final.stat().st_size == shard.size and sha256_of(final) == shard.sha256:
             return
-        raise StoreError("is not the shard of the source", where=final, next="Delete it and run the same command again.")
+        raise StoreError(
+            "is not the shard of the source",
+            where=final,
+            next=f"Delete it and run the same command again: rm {shlex.quote(str(final))} && {again()}",
+        )
     staged = disk.staging_path(path, shard.name, "tmp")
     try:
         files.get_file(f"{root}/{shard.name}", str(staged))
@@ -243,7 +251,7 @@ def _pull_shard(files, root: str, shard: ShardFile, path: Path) -> None:
             raise StoreError(
                 "arrived altered: its sha256 is not the manifest's",
                 where=f"{root}/{shard.name}",
-                next="Run the same command again.",
+                next=f"Run the same command again: {again()}",
             )
         disk.publish(staged, final)
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 from store import disk, record
 from store.errors import StoreError
-from store.folder import missing_shards
+from store.folder import missing_shards, stored_command
 from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, check_same, manifest_path, rerun, totals_of
 from store.shard import Sidecar, in_stretches, part_name, read_footer
 
@@ -41,7 +41,7 @@ def unsealed(store: Path, identity: Identity, missing: list[int]) -> StoreError:
         reason = f"{len(missing)} of {identity.num_shards} shards missing ({indices})"
     else:
         reason = f"all {identity.num_shards} shards are there, {MANIFEST} is missing"
-    return StoreError(f"{store} is not sealed: {reason}", next=f"Re-run: {rerun(identity, store)}")
+    return StoreError(f"{store} is not sealed: {reason}", next=f"Re-run: {rerun(identity, store, stored_command(store))}")
 
 
 def sha256_of(path: Path) -> str:

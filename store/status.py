@@ -15,7 +15,8 @@ from pathlib import Path
 
 from store import disk
 from store.claim import CLAIM_EXPIRES_S, alive
-from store.folder import refuse_non_store, stored_identity
+from store.command import cli
+from store.folder import refuse_non_store, stored_command, stored_identity
 from store.manifest import MANIFEST, Identity, Manifest, manifest_path, rerun
 from store.shard import part_name
 
@@ -122,7 +123,7 @@ def describe(status: Status, path: Path) -> str:
     rows = identity.num_rows - status.rows_missing
     lines = [f"{path}: {done:,} of {total:,} shards done ({rows:,} of {identity.num_rows:,} rows, {rows / identity.num_rows:.0%})"]
     if status.sealed:
-        lines.append(f"  SEALED, but {len(status.missing):,} shards are gone: python cli.py verify --ref-store {path}")
+        lines.append(f"  SEALED, but {len(status.missing):,} shards are gone: {cli('verify', '--ref-store', path)}")
     lines.append(
         f"  running  {len(alive_now):,} shards"
         + _listed(f"{each.shard} on {each.host}, {_age(each.age)} ago" for each in alive_now)
@@ -145,7 +146,7 @@ def describe(status: Status, path: Path) -> str:
         lines.append(f"  speed    {status.rows_per_second:,.3g} pairs/s by all workers; about {_age(left)} left")
     if not alive_now:
         what = "Nobody is working on it" if status.missing else f"All shards are there, {MANIFEST} is missing"
-        lines.append(f"{what}: {rerun(identity, path)}")
+        lines.append(f"{what}: {rerun(identity, path, stored_command(path))}")
     return "\n".join(lines)
 
 

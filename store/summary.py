@@ -1,6 +1,5 @@
 """A store on one screen: what it is, how long its pairs are, what the reference thinks of them."""
 
-import shlex
 import shutil
 import unicodedata
 from collections import Counter
@@ -8,8 +7,9 @@ from pathlib import Path
 
 import duckdb
 
+from store.command import cli
 from store.errors import StoreError
-from store.folder import missing_shards, stored_identity
+from store.folder import missing_shards, stored_command, stored_identity
 from store.manifest import MANIFEST, Identity, Manifest, Totals, manifest_path, rerun, totals_of
 from store.schema import SUMS_ONLY, SUMS_ONLY_NOTE
 from store.shard import read_footer
@@ -105,7 +105,10 @@ def _measured_lines(path: Path) -> list[str]:
     except duckdb.Error as error:
         reason = " ".join(str(error).split())[:160]
         raise StoreError(
-            "a shard cannot be read", where=path, found=reason, next="python cli.py verify tells which, once sealed."
+            "a shard cannot be read",
+            where=path,
+            found=reason,
+            next=f"Which, once it is sealed: {cli('verify', '--ref-store', path)}",
         ) from error
     lengths = [_row(f"  {name}", (f"{number:,.0f}" for number in values[name])) for name in ("prompt", "chosen", "rejected")]
     return [
@@ -151,8 +154,8 @@ def _provenance_lines(manifest: Manifest | None) -> list[str]:
 def _next_line(path: Path, identity: Identity, manifest: Manifest | None) -> str:
     """A command to copy, hence never cut."""
     if manifest is None:
-        return f"To finish it: {rerun(identity, path)}"
-    return f"{'ask more':11}python cli.py inspect --ref-store {shlex.quote(str(path))} --sql 'describe pairs'"
+        return f"To finish it: {rerun(identity, path, stored_command(path))}"
+    return f"{'ask more':11}{cli('inspect', '--ref-store', path, '--sql', 'describe pairs')}"
 
 
 def _row(title: str, cells) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from precompute.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
 from precompute.rescore import TOLERANCE, Rescored, rescore
+from store.command import cli
 from store.errors import InputError, StoreError
 from store.manifest import Identity
 from store.reader import Store
@@ -115,12 +116,15 @@ def compare_stores(eval_store: Store, store: Store) -> None:
     of_eval, of_train = eval_store.identity, store.identity
     differing = [name for name in COMPARED if getattr(of_eval, name) != getattr(of_train, name)]
     if differing:
+        as_loaded = (
+            " Weights hash as loaded: in another dtype the same ones differ." if {"weights_sha256", "dtype"} <= {*differing} else ""
+        )
         raise StoreError(
             f"the eval store was made with another {', '.join(differing)} than {store.path}",
             where=eval_store.path,
             expected="; ".join(_shown(name, of_train) for name in differing),
             found="; ".join(_shown(name, of_eval) for name in differing),
-            next=f"Make the eval store with --model {of_train.model} --dtype {of_train.dtype} and the same tokenizer and template.",
+            next=f"Make the eval store with --model {of_train.model} --dtype {of_train.dtype} and the same tokenizer and template.{as_loaded}",
         )
 
 
@@ -131,14 +135,14 @@ def _stop_if_different(report: GateReport, store: Store, policy: str) -> None:
             where=store.path,
             expected="; ".join(f"{each.field} {each.of_store}" for each in report.differences),
             found="; ".join(f"{each.field} {each.of_policy}" for each in report.differences),
-            next=f"{str(report).capitalize()}. {_remedy(report, store.identity)}",
+            next=f"{str(report).capitalize()}. {_remedy(report, store)}",
         )
     if not report.within_tolerance:
         raise StoreError(
             f"same weights, other numbers: {report}",
             where=store.path,
             next="The store's numbers are not what this model computes here: check --attn-implementation and the library versions recorded in"
-            f" its manifest, or score it again into another store. `python cli.py verify {store.path} --model {policy}` shows the noise.",
+            f" its manifest, or score it again into another store. The noise: {cli('verify', '--ref-store', store.path, '--model', policy)}",
         )
 
 
@@ -179,7 +183,8 @@ def _farthest_off(of_ranks: list[Rescored | None]) -> Rescored | None:
     return of_ranks[differences.index(max(differences))]
 
 
-def _remedy(report: GateReport, identity: Identity) -> str:
+def _remedy(report: GateReport, store: Store) -> str:
+    identity, command = store.identity, store.manifest.command
     fields = {each.field for each in report.differences}
     ways = []
     if fields & {"weights_sha256", "config_sha256"}:
@@ -187,7 +192,8 @@ def _remedy(report: GateReport, identity: Identity) -> str:
     if "tokenizer_sha256" in fields:
         ways.append(f"give --tokenizer {identity.tokenizer}")
     if "chat_template_sha256" in fields:
-        ways.append("give the --chat-template that precompute was given")
+        template = command.chat_template if command is not None else None
+        ways.append(f"give --chat-template {template}" if template else "give the --chat-template that precompute was given")
     if "dtype" in fields:
         ways.append(f"give --dtype {identity.dtype}")
     ways.append("insist with --allow-different-policy")

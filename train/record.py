@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from store import record
+from store.command import again
 from store.errors import InputError
-from store.manifest import Identity
+from store.manifest import Identity, causes
 from train.checkpoint import COMPLETE, cut_short, last_checkpoint
 from train.config import FREE_ON_RESUME, TrainConfig
 
@@ -93,10 +94,15 @@ def refuse_other_run(folder: Path) -> None:
         "the output folder is not empty",
         where=f"--output-dir {folder}",
         found=shown,
-        next="Continue its run with --resume, or choose another --output-dir."
+        next=f"Continue its run with --resume: {again('--resume')}; or choose another --output-dir."
         if unfinished
         else "Choose another --output-dir, or empty it yourself.",
     )
+
+
+def resuming() -> tuple[str, ...]:
+    """What the command that runs now lacks to go on from its checkpoint when it is typed again."""
+    return () if {"--resume", "--resume-or-start"} & set(sys.argv) else ("--resume",)
 
 
 def checkpoint_of(config: TrainConfig) -> Path | None:
@@ -129,7 +135,7 @@ def compare_with_started(checkpoint: Path, now: dict) -> None:
             "the run to resume has no readable record", where=path, next="Start again in another --output-dir."
         ) from error
     differing = [(name, before.get(name), after[name]) for name in after if before.get(name) != after[name]]
-    differing += stores[0].differences(stores[1])
+    differing += [(name, *(getattr(store, name) for store in stores)) for name in causes(*stores)]
     if differing:
         raise InputError(
             "a resumed run must go on as it began",

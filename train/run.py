@@ -10,6 +10,7 @@
 import json
 import os
 import resource
+import shlex
 import socket
 import time
 import warnings
@@ -26,6 +27,7 @@ from trl import DPOConfig
 from launch import Process, launched
 from precompute.model import load_model, load_tokenizer
 from stop import Stopped, StopRequest, listening
+from store.command import cli
 from store.errors import InputError
 from store.manifest import Identity
 from store.reader import open_store
@@ -160,7 +162,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     if interrupt.stopped_at is not None:
         if not first:
             raise SystemExit(Stopped.exit_code)  # one rank says it for all
-        raise stop.error(f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}", config.output_dir)
+        written = f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}"
+        raise stop.error(written, config.output_dir, *record.resuming())
     trainer.save_model(str(config.output_dir))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = TrainResult(
@@ -357,10 +360,10 @@ def summary(result: TrainResult, config: TrainConfig) -> str:
         f"  memory   {result.peak_memory / 2**30:.2f} GiB in the process that needed most; no reference model was loaded",
         f"  model    {result.output_dir}",
         f"  record   {result.output_dir}/{record.NAME} (options, store, loss history)",
-        f"next: python cli.py inspect --ref-store {config.ref_store}",
+        f"next: {cli('inspect', '--ref-store', config.ref_store)}",
     ]
     if "tensorboard" in config.report_to:
-        lines.append(f"      tensorboard --logdir {result.output_dir}")
+        lines.append(f"      tensorboard --logdir {shlex.quote(result.output_dir)}")
     return "\n".join(lines)
 
 
