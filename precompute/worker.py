@@ -39,6 +39,7 @@ from precompute.pairs import TokenizedRows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, Show
 from precompute.scoring import SCORER_VERSION, Layout, score_batches
+from precompute.sealed import checkpoint_stamp, is_complete, weights_known
 from precompute.shard import shard_of
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
@@ -96,11 +97,16 @@ def run(config: PrecomputeConfig, process: Process) -> Manifest:
 
 def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manifest:
     where = device(process.local_rank)
-    rows, tokenizer, model, identity = load_inputs(config, where)
+    stamp = checkpoint_stamp(config.model, config.revision)
+    rows, tokenizer, model, identity = load_inputs(config, where, weights_known(config.ref_store, stamp))
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
     command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
     prepare_store(config.ref_store, identity, command)
+    if is_complete(config.ref_store, identity):
+        if config.show == "text" and process.local_rank == 0:
+            print(f"{config.ref_store}: sealed already, nothing to score", file=sys.stderr)
+        return Manifest.load(manifest_path(config.ref_store))
     if config.layout == "packed":
         self_test(model, config.dtype)
     if config.tokens_per_batch == "auto":
@@ -148,7 +154,12 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         done = identity.num_shards - len(missing_shards(config.ref_store, identity))
         raise stop.error(f"{done} of {identity.num_shards} shards are done", config.ref_store)
     give_back_freed_memory()  # sealing holds every shard's footer
-    recorded = {"layout": config.layout, "threads_per_worker": torch.get_num_threads(), "command": command.to_json()}
+    recorded = {
+        "layout": config.layout,
+        "threads_per_worker": torch.get_num_threads(),
+        "command": command.to_json(),
+        "checkpoint_stamp": stamp,
+    }
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
     while not manifest_path(config.ref_store).exists() and (held := claim_sealing(config.ref_store)) is None:
         stop.sleep(FIRST_PAUSE_S)
@@ -157,10 +168,11 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     return seal(config.ref_store, identity, recorded, config.preset)
 
 
-def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
-    """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed."""
+def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: str | None = None) -> tuple:
+    """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed.
+    Where the hash of the weights is known (precompute/sealed.py) the model is None: there is nothing to score."""
     with ThreadPoolExecutor(2) as background:
-        needed = where.type == "cpu" and config.layout == "packed"
+        needed = where.type == "cpu" and config.layout == "packed" and known_weights is None
         compiled = background.submit(kernels.library) if needed else None  # takes a second where it is the first time
         rows = load_rows(config.dataset, split=config.split, revision=config.dataset_revision, limit=config.limit)
         fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads
@@ -170,7 +182,9 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
             chat_template=config.chat_template,
         )
         tokenizer_hash = background.submit(tokenizer_sha256, tokenizer)
-        model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=where)
+        model = None
+        if known_weights is None:
+            model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=where)
         shard_size = config.shard_size or default_shard_size(len(rows))
         if len(rows) > MAX_SHARDS * shard_size:
             raise InputError(
@@ -185,7 +199,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
             dataset=config.dataset,
             split=config.split,
             dataset_revision=config.dataset_revision,
-            weights_sha256=weights_sha256(model),
+            weights_sha256=known_weights or weights_sha256(model),
             config_sha256=config_sha256(config.model, config.revision),
             tokenizer_sha256=tokenizer_hash.result(),
             chat_template_sha256=chat_template_sha256(tokenizer),
@@ -199,7 +213,8 @@ def load_inputs(config: PrecomputeConfig, where: torch.device) -> tuple:
         )
         if compiled is not None:
             compiled.result()
-    _check_fits(model, len(tokenizer), config)
+    if model is not None:
+        _check_fits(model, len(tokenizer), config)
     return rows, tokenizer, model, identity
 
 
