@@ -1,5 +1,6 @@
 """TRL's loss on values from a store: equal to TRL with its own reference, for every loss type, and without what TRL does besides."""
 
+import json
 import math
 
 import numpy as np
@@ -7,14 +8,15 @@ import pytest
 import torch
 from datasets import Dataset
 from train_setup import MAX_LENGTH, make_rows, make_store, make_world
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PhimoeConfig, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import base_trainer, dpo_trainer
 from trl.trainer.utils import hash_module
 
 from store.reader import open_store
 from train.config import LOSS_TYPES
-from train.data import dataset_of
+from train.data import dataset_of, lengths_of
+from train.dropout import turn_off
 from train.trainer import StoreDPOTrainer
 
 
@@ -130,6 +132,105 @@ def test_evaluate_takes_a_store_at_any_time(world, settings, tmp_path):
     trainer.train()
     after = trainer.evaluate({"a": dataset, "b": dataset}, metric_key_prefix="late")
     assert after["late_a_loss"] == after["late_b_loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+EVALUATED = {
+    **{name: {"loss_types": [name]} for name in LOSS_TYPES},
+    "sigmoid + sft": {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    "aot + sft": {"loss_types": ["aot", "sft"], "loss_weights": [0.5, 0.3]},
+    "WPO": {"use_weighting": True},
+    "ld_alpha": {"ld_alpha": 0.3},
+}
+PLAIN = {"loss_types": ["sigmoid"], "use_weighting": False, "ld_alpha": None, "label_smoothing": 0.0}
+
+
+def test_evaluation_is_that_of_stock_trl_with_all_pairs_in_one_batch(world, settings, tmp_path):
+    """Each loss type and each metric, whatever the batch size: 7 pairs in batches of 3 leave one alone, which TRL's mean of batches would
+    count three times. A policy that is not the reference, so that no value stands where it starts."""
+    rows = make_rows(7, seed=5)
+    held_out = make_store(tmp_path / "held-out", world.model, rows)
+    shared = settings | {"use_weighting": True, "discopop_tau": 1.0}  # as in packed_cases.py
+
+    def moved() -> PreTrainedModel:
+        model = policy(world)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        return model
+
+    args = DPOConfig(**shared | {"per_device_eval_batch_size": 7})
+    texts = {"train_dataset": Dataset.from_list(list(world.rows)), "eval_dataset": Dataset.from_list(list(rows))}
+    theirs = DPOTrainer(model=moved(), ref_model=policy(world), args=args, processing_class=tokenizer(world), **texts)
+    args = DPOConfig(**shared | {"precompute_ref_log_probs": True, "per_device_eval_batch_size": 3})
+    dataset = dataset_of(open_store(world.store), MAX_LENGTH)
+    ours = [
+        StoreDPOTrainer(model=moved(), args=args, train_dataset=dataset, processing_class=tokenizer(world), lengths=lengths)
+        for lengths in (None, lengths_of(dataset, open_store(world.store), MAX_LENGTH))
+    ]
+    for name, loss in EVALUATED.items():
+        smoothing = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
+        for trainer in (theirs, *ours):
+            vars(trainer).update(PLAIN | {"loss_weights": [1.0] * len(loss.get("loss_types", [1]))} | smoothing | loss)
+        evaluated = dataset_of(held_out, MAX_LENGTH, ours[0].ld_alpha)
+        expected, *found = (trainer.evaluate(data) for trainer, data in ((theirs, None), *((each, evaluated) for each in ours)))
+        values = {key for key in expected if not key.endswith(("_runtime", "_per_second", "_time"))}
+        assert {"eval_loss", "eval_entropy", "eval_rewards/accuracies", "eval_logits/chosen", "eval_logps/rejected"} <= values
+        for each in found:
+            assert {key: each[key] for key in values} == pytest.approx(
+                {key: expected[key] for key in values}, rel=2e-5, abs=1e-5
+            ), name
+
+
+def test_sft_is_a_mean_over_the_global_batch(world, settings):
+    """Whatever the micro-batches: four steps of eight pairs, in one micro-batch, in two and in eight."""
+    histories = []
+    for size in (8, 4, 1):
+        micro = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 3}
+        histories.append(losses(from_store(world, settings, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], **micro)))
+    assert len(set(histories[0])) == 3  # it moves
+    for other in histories[1:]:
+        assert other == pytest.approx(histories[0], rel=1e-5)
+
+
+def test_a_checkpoints_dropout_is_not_used_and_its_configuration_is_saved_as_it_was(world, settings, tmp_path):
+    changed = policy(world)
+    changed.config.attention_dropout, changed.config.use_cache = 0.2, True
+    changed.save_pretrained(tmp_path / "dropout")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dropout")
+    assert model.model.layers[0].self_attn.attention_dropout == 0.2
+    trainer = from_store(world, settings, model, max_steps=1)
+    assert trainer.without_dropout == ("attention_dropout 0.2",)
+    assert losses(trainer) == pytest.approx([math.log(2)], abs=1e-6)
+    trainer.save_model(str(tmp_path / "saved"))
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("dropout", "saved"))
+    assert (after["attention_dropout"], after["use_cache"]) == (0.2, True)
+    # transformers takes those of the tokenizer.
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} <= {
+        "pad_token_id",
+        "eos_token_id",
+    }
+
+
+@pytest.mark.parametrize("kind", [GPT2Config, PhimoeConfig])
+def test_all_that_is_random_in_a_forward_is_turned_off(kind):
+    """GPT-2 has `nn.Dropout` modules, Phi-MoE shares that are plain numbers, router jitter among them."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shares = (
+        {"resid_pdrop": 0.3, "attn_pdrop": 0.3} if kind is GPT2Config else {"attention_dropout": 0.3, "router_jitter_noise": 0.3}
+    )
+    more = {} if kind is GPT2Config else {"intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(kind(**small, **shares, **more)).train()
+    ids = torch.arange(20)[None]
+
+    def same_twice() -> bool:
+        with torch.no_grad():
+            return torch.equal(*(model(input_ids=ids, use_cache=False).logits for _ in range(2)))
+
+    assert not same_twice()
+    assert turn_off(model)
+    assert same_twice() and turn_off(model) == ()
 
 
 def test_weights_are_not_hashed_and_nothing_stays_patched(world, settings):

@@ -31,6 +31,9 @@ LOSS_TYPES = (
 )
 """TRL 1.16's, in its order. OLMo 3 and Tulu call `sigmoid_norm` dpo_norm."""
 
+SORT_PAIRS = ("aot", "aot_unpaired")
+"""Losses that sort the pairs of a micro-batch: their value depends on its size."""
+
 LR_SCHEDULER_TYPES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 """transformers' schedules that need no arguments of their own."""
 
@@ -151,12 +154,18 @@ class TrainConfig:
         _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "at least 0 and below 0.5", self.label_smoothing)
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise InputError("exo_pair needs label smoothing above 0", where="--label-smoothing", next="The EXO paper uses 0.001.")
-        sorting = [name for name in self.loss_type if name in ("aot", "aot_unpaired")]
+        sorting = [name for name in self.loss_type if name in SORT_PAIRS]
         if self.use_weighting and sorting:
             raise InputError(
                 f"weighting pairs has no meaning for {', '.join(sorting)}",
                 where="--use-weighting",
                 next="It sorts the pairs of a batch; use another loss.",
+            )
+        if self.use_weighting and "sft" in self.loss_type:
+            raise InputError(
+                "weighting pairs has no meaning for sft",
+                where="--use-weighting",
+                next="It is a mean over tokens; leave out one of the two.",
             )
         _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "--ld-alpha", "a number from 0 to 1", self.ld_alpha)
 

@@ -5,19 +5,23 @@ Needs neither torch nor transformers, so that a command line can ask `checkpoint
 
 import json
 import os
+import shlex
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from stop import Stopped
 from store import record
 from store.command import again
 from store.errors import InputError
 from store.manifest import Identity, causes
-from train.checkpoint import COMPLETE, cut_short, last_checkpoint
-from train.config import FREE_ON_RESUME, TrainConfig
+from train.checkpoint import COMPLETE, cut_short, last_checkpoint, state_of
+from train.config import FREE_ON_RESUME, SORT_PAIRS, TrainConfig
 
 NAME = "run.json"
 
@@ -41,7 +45,9 @@ class TrainResult:
     peak_memory: int
     """Bytes, of the process that needed most: allocated on its GPU, or resident where there is none."""
     speed: dict[str, float]
-    """Of the whole run, over all ranks: what train/speed.py counts."""
+    """Over all ranks: what train/speed.py counts; empty where an earlier start had done all steps."""
+    num_steps_before: int = 0
+    """Steps that earlier starts had done; `seconds` and `speed` are of the others."""
 
 
 def started(config: TrainConfig, identity: Identity, policy: dict, max_length: int, batch: int) -> dict:
@@ -64,6 +70,11 @@ def started(config: TrainConfig, identity: Identity, policy: dict, max_length: i
     }
 
 
+def command_again(*options: str) -> str:
+    """What was typed, to be typed again, with `options` where it lacks them."""
+    return shlex.join(["python", *sys.argv, *(option for option in options if option not in sys.argv)])
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -79,25 +90,54 @@ def write(folder: Path, content: dict) -> None:
         raise InputError(f"cannot be written: {error.strerror}", where=f"--output-dir {folder}") from error
 
 
+def read(folder: Path) -> dict | None:
+    """The record in `folder`; None where there is none that can be read."""
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def finished(folder: Path) -> dict | None:
+    """The record of a run that came to its end, or None."""
+    content = read(folder)
+    return content if content is not None and content.get("status") == "finished" else None
+
+
+@contextmanager
+def keeping_status(folder: Path) -> Iterator[None]:
+    """The record in `folder` says how the block ended where it ended early: `stopped` (told to) or `failed`, with the reason."""
+    try:
+        yield
+    except BaseException as error:
+        status = "stopped" if isinstance(error, Stopped) else "failed"
+        with suppress(InputError):  # the first error counts, also on a full disk
+            write(folder, (read(folder) or {}) | {"status": status, "ended": now(), "error": f"{type(error).__name__}: {error}"})
+        raise
+
+
 def refuse_other_run(folder: Path) -> None:
-    """InputError for an output folder with anything in it that a new run would overwrite: a model is not lost by a slip."""
+    """InputError for an output folder with anything in it that a new run would overwrite: a model is not lost by a slip.
+
+    A run that ended without a checkpoint, perhaps while it saved its model, has left nothing of use: it may be started again.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError("a file, not a folder", where=f"--output-dir {folder}")
     present = sorted(entry.name for entry in folder.iterdir() if not cut_short(entry)) if folder.exists() else []
-    if set(present) <= RESTARTABLE:
+    checkpoint = last_checkpoint(folder)
+    of_run = read(folder)
+    unfinished = of_run is not None and of_run.get("status") != "finished"
+    if set(present) <= RESTARTABLE or (unfinished and checkpoint is None):
         return
     shown = ", ".join(present[:5]) + (", …" if len(present) > 5 else "")
-    unfinished = any(name.startswith("checkpoint-") for name in present) and not any(
-        name.endswith(".safetensors") for name in present
-    )
-    raise InputError(
-        "the output folder is not empty",
-        where=f"--output-dir {folder}",
-        found=shown,
-        next=f"Continue its run with --resume: {again('--resume')}; or choose another --output-dir."
-        if unfinished
-        else "Choose another --output-dir, or empty it yourself.",
-    )
+    if checkpoint is None or finished(folder) is not None:
+        advice = "Choose another --output-dir, or empty it yourself."
+    elif any(name.endswith(".safetensors") for name in present):
+        advice = f"Choose another --output-dir, or finish its run with --resume: {again('--resume')}"
+    else:
+        advice = f"Continue its run with --resume: {again('--resume')}; or choose another --output-dir."
+    raise InputError("the output folder is not empty", where=f"--output-dir {folder}", found=shown, next=advice)
 
 
 def resuming() -> tuple[str, ...]:
@@ -110,7 +150,7 @@ def checkpoint_of(config: TrainConfig) -> Path | None:
     if config.resume is False:
         return None
     if config.resume is not True:
-        if not (Path(config.resume) / COMPLETE).is_file():
+        if state_of(Path(config.resume)) is None:
             raise InputError(
                 "no complete checkpoint of a run", where=f"--resume {config.resume}", expected=f"checkpoint-<step> with {COMPLETE}"
             )
@@ -125,7 +165,12 @@ def checkpoint_of(config: TrainConfig) -> Path | None:
 
 def compare_with_started(checkpoint: Path, now: dict) -> None:
     """InputError where a resumed run would not be the run that was started: names each setting with both values."""
-    path = checkpoint.parent / NAME
+    compare_with_run(checkpoint.parent, now)
+
+
+def compare_with_run(folder: Path, now: dict) -> None:
+    """The same for the run whose record is in `folder`, finished or not."""
+    path = folder / NAME
     try:
         then = json.loads(path.read_text(encoding="utf-8"))
         before, after = _course(then), _course(json.loads(json.dumps(now)))
@@ -150,6 +195,8 @@ def _course(content: dict) -> dict:
     """The settings that decide where a run goes."""
     settings = {name: value for name, value in content["config"].items() if name not in FREE_ON_RESUME}
     settings |= {name: content[name] for name in ("dtype", "max_length", "effective_batch_size")}
+    if not set(SORT_PAIRS).isdisjoint(settings["loss_type"]):
+        settings["per_device_train_batch_size"] = content["config"]["per_device_train_batch_size"]
     return settings | {"selection": content.get("selection", {}).get("pair_ids_sha256")}
 
 

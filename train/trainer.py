@@ -6,6 +6,10 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 - `_prepare_inputs`: transformers casts every float of a batch to DeepSpeed's dtype. In bfloat16 a sum of -279.65 nats becomes -280.0.
 - `forward`, `_get_train_sampler`: in the packed layout, train/packed.py and train/balance.py. In the padded one both are stock.
 - `get_batch_samples`, `compute_loss`, `training_step`, `log`: the same, timed and counted  train/speed.py
+- `_run_epoch`: resumed at its last step, a run takes none; transformers would take one more.
+- `evaluation_loop`: TRL averages batches; here each pair counts once      train/evaluate.py
+- `loss_weights` of `sft`: TRL's is a mean over the tokens of a micro-batch; weighted by its tokens it is the mean over the global batch.
+- dropout: TRL turns `nn.Dropout` off, and not what a module keeps as a number     train/dropout.py
 - `evaluate`: TRL refuses to score a new dataset after step 0, as the reference is gone by then; ours comes with its scores.
 - telemetry is not sent.
 """
@@ -13,21 +17,23 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from store.errors import InputError
+from train import dropout
 from train.balance import RELATE_PAIRS, BalancedSampler, Shape
 from train.data import Lengths
+from train.evaluate import REFERENCE, evaluate
 from train.flops import PairFlops
 from train.packed import pack_policy
 from train.speed import Speed
-
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-"""Columns and batch entries with the reference sums, in nats."""
 
 
 class StoreDPOTrainer(DPOTrainer):
@@ -49,6 +55,8 @@ class StoreDPOTrainer(DPOTrainer):
     ):
         if not args.precompute_ref_log_probs or args.remove_unused_columns:
             raise ValueError("a store needs precompute_ref_log_probs=True and remove_unused_columns=False")
+        use_cache = model.config.use_cache
+        self.without_dropout = dropout.turn_off(model)
         with _unhashed_weights(), _watched_head() as outputs:
             super().__init__(
                 model=model,
@@ -59,7 +67,10 @@ class StoreDPOTrainer(DPOTrainer):
                 processing_class=processing_class,
                 callbacks=callbacks,
             )
+        model.config.use_cache = use_cache  # TRL's loss asks for no cache; what is saved is about the model's next use
         self.lengths = lengths
+        self.sft_tokens: torch.Tensor | None = None
+        """Chosen tokens per micro-batch, on average over this step's micro-batches of all ranks."""
         self.speed = Speed(PairFlops.of(model), args.device, model.dtype)
         if lengths is not None:
             if self.aux_loss_enabled:
@@ -93,12 +104,33 @@ class StoreDPOTrainer(DPOTrainer):
         reference = {name: inputs[name].to(self.args.device) for name in REFERENCE}
         return {**super()._prepare_inputs(inputs), **reference}
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        loss, metrics = evaluate(self, dataloader.dataset, self.args.process_index, self.args.world_size)
+        self._metrics["eval"].update(metrics)
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(dataloader.dataset))
+
     def get_batch_samples(self, *args, **kwargs):
         with self.speed.phase("data"):
-            return super().get_batch_samples(*args, **kwargs)
+            micro_batches, num_items = super().get_batch_samples(*args, **kwargs)
+            if "sft" in self.loss_types:
+                self.sft_tokens = self._mean_over_micro_batches([_chosen_tokens(each) for each in micro_batches])
+            return micro_batches, num_items
+
+    def _mean_over_micro_batches(self, counts: list[torch.Tensor]) -> torch.Tensor:
+        """Of all ranks; every rank calls it at once."""
+        total = torch.tensor([float(sum(counts)), len(counts)], device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total[0] / total[1]
 
     def training_step(self, *args, **kwargs):
         forward = self.speed.recent.seconds["forward"]
@@ -112,7 +144,15 @@ class StoreDPOTrainer(DPOTrainer):
             return super()._compute_loss(model, inputs, return_outputs)
         with self.speed.phase("forward"):
             self.speed.count(inputs["attention_mask"], inputs["completion_mask"])
-            return super()._compute_loss(model, inputs, return_outputs)
+            if self.sft_tokens is None:
+                return super()._compute_loss(model, inputs, return_outputs)
+            weights = self.loss_weights
+            share = _chosen_tokens(inputs) / self.sft_tokens
+            self.loss_weights = [w * share if name == "sft" else w for name, w in zip(self.loss_types, weights, strict=True)]
+            try:
+                return super()._compute_loss(model, inputs, return_outputs)
+            finally:
+                self.loss_weights = weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -121,6 +161,12 @@ class StoreDPOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+
+def _chosen_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """Completion tokens of the chosen side of a micro-batch."""
+    mask = inputs["completion_mask"]
+    return mask[: len(mask) // 2].sum()
 
 
 @contextmanager
