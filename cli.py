@@ -493,7 +493,7 @@ def _analyze_config(dataset: str, model: str | None, **given):
 @click.option("--save-total-limit", type=click.IntRange(min=1), help="Keep so many of the newest checkpoints.")
 @click.option("--eval-steps", type=click.IntRange(min=1), help="Evaluate every so many steps.  [default: once per epoch]")
 @click.option("--report-to", multiple=True, type=click.Choice(["wandb", "tensorboard", "none"]), help="[default: none]")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output-dir.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output-dir; what is finished stays as it is.")
 @click.option("--resume-or-start", is_flag=True, help="--resume if there is a checkpoint, else start: for jobs that are requeued.")
 @click.option("--push-to-hub", is_flag=True)
 @click.option("--hub-model-id", help="Repository for --push-to-hub.")
@@ -512,29 +512,34 @@ def train_cmd(**options) -> None:
     num_processes = options.pop("num_processes")
     resume_or_start = options.pop("resume_or_start")
     config = _train_config(**options)
-    if resume_or_start:
-        from train.checkpoint import is_finished, last_checkpoint
-
-        if is_finished(config.output_dir):
-            return click.echo(f"{config.output_dir}: trained already, nothing to do")
-        config = replace(config, resume=last_checkpoint(config.output_dir) is not None)
     import launch
+    from stop import STOP_TRAINING, Stopped, listening
+    from train import record
+    from train.checkpoint import last_checkpoint
 
-    if launch.launched() is None:
-        from store.reader import open_store
-        from train import record
+    process = launch.launched()
+    if (config.resume or resume_or_start) and record.finished(config.output_dir) is not None:
+        from train.plan import refuse_other_course
+
+        refuse_other_course(config)
+        if process is None or process.rank == 0:
+            click.echo(f"{config.output_dir}: trained already, nothing to do")
+        return
+    if resume_or_start:
+        config = replace(config, resume=last_checkpoint(config.output_dir) is not None)
+    if process is None:
+        from train.plan import plan, refuse_folder
 
         # What can be refused here need not cost the start of every rank.
-        open_store(config.ref_store, check="none")
         num_processes = launch.num_local_processes(num_processes, default_without_gpu=2)
-        config.accumulation_steps(num_processes)
-        if record.checkpoint_of(config) is None:
-            record.refuse_other_run(config.output_dir)
-        sys.exit(launch.run_torchrun(num_processes))
-    with quiet_libraries():
+        refuse_folder(config, plan(config, num_processes))
+        code = launch.run_torchrun(num_processes)
+        # Told to stop at the very end, the ranks may have finished all the same.
+        sys.exit(0 if code == Stopped.exit_code and record.finished(config.output_dir) is not None else code)
+    with listening(STOP_TRAINING) as stop, quiet_libraries():
         from train.run import train
 
-        train(config)
+        train(config, stop)
 
 
 def _train_config(ref_store: Path, **given):

@@ -10,7 +10,7 @@ import sys
 import threading
 from dataclasses import dataclass
 
-from stop import SIGNALS, Stopped, passing_on
+from stop import SIGNALS, STOP_TRAINING, Stopped, passing_on
 from store.errors import InputError
 
 SIGNALS_TO_HANDLE = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -132,7 +132,8 @@ def _relay(stream, index: int, errors: dict[str, None], quiet_after_error: bool 
 def run_torchrun(num_processes: int) -> int:
     """Run this command again as `num_processes` ranks of one distributed job on this machine; return its exit code.
 
-    Where ranks stop with an `Error:` line it is shown once, without torchrun's own account of it.
+    Where ranks stop with an `Error:` line it is shown once, without torchrun's own account of it. Signals reach torchrun from here
+    alone: in a session of its own it does not hear a Ctrl-C a second time from the terminal.
     """
     command = [
         sys.executable,
@@ -146,8 +147,8 @@ def run_torchrun(num_processes: int) -> int:
     # The ranks get the time to write a checkpoint before torchrun kills them; a batch system kills earlier if it must.
     env = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"} | os.environ
     agent, errors = [], {}
-    with passing_on(agent) as told:
-        agent.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE))
+    with passing_on(agent, STOP_TRAINING) as told:
+        agent.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True))
         _relay(agent[0].stderr, 0, errors, quiet_after_error=True)
         code = agent[0].wait()
     for line in errors:

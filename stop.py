@@ -2,10 +2,12 @@
 
     SIGUSR1   stop soon: finish what is at hand, begin nothing new. slurm/*.sbatch ask for it some minutes before the time limit.
     SIGTERM   stop now: drop what is at hand. Preemption, `scancel`, a shutdown; Slurm kills about 30 seconds later.
+    SIGINT, SIGHUP   Ctrl-C, a closed terminal: in training as SIGUSR1, for a checkpoint keeps what was trained
 
-Either way the command ends with exit code 75 (EX_TEMPFAIL of sysexits.h), which means: run the same command again and it goes on.
+Each way the command ends with exit code 75 (EX_TEMPFAIL of sysexits.h), which means: it can go on, and the error says how.
 """
 
+import os
 import signal
 import subprocess
 import threading
@@ -16,6 +18,8 @@ from store.command import again
 from store.errors import RefdpoError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+STOP_TRAINING = (*SIGNALS, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(RefdpoError):
@@ -55,7 +59,7 @@ class StopRequest:
 
     def error(self, what: str, where: object, *more: str) -> Stopped:
         """What to raise once everything is put down; `more` are the options that the same command needs to go on."""
-        name = self._first.name if self._first else "another process"
+        name = "Ctrl-C" if self._first == signal.SIGINT else self._first.name if self._first else "another process"
         with_options = f" with {' '.join(more)}" if more else ""
         return Stopped(
             f"stopped by {name}: {what}", where=where, next=f"Run the same command again{with_options} to go on: {again(*more)}"
@@ -63,14 +67,14 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Inside the block SIGUSR1 and SIGTERM set the request instead of ending the process. In other threads than the main one
+def listening(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
+    """Inside the block `signals` set the request instead of ending the process. In other threads than the main one
     Python takes no handlers: there the request is never set."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.hear) for number in SIGNALS}
+    before = {number: signal.signal(number, request.hear) for number in _heard(signals)}
     try:
         yield request
     finally:
@@ -79,19 +83,34 @@ def listening() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def passing_on(children: Sequence[subprocess.Popen]) -> Iterator[StopRequest]:
-    """Inside the block SIGUSR1 and SIGTERM go to `children` (a list that may still grow); this process itself lives on to report."""
+def passing_on(children: Sequence[subprocess.Popen], signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
+    """Inside the block `signals` go to `children` (a list that may still grow); this process itself lives on to report.
+
+    A second Ctrl-C does not ask: it kills the children, each with its process group, which must be its own.
+    """
     request = StopRequest()
+    interrupts = 0
 
     def forward(number: int, frame: object = None) -> None:
+        nonlocal interrupts
         request.hear(number)
+        interrupts += number == signal.SIGINT
         for child in children:
-            if child.poll() is None:
+            if child.poll() is not None:
+                continue
+            if interrupts > 1:
+                os.killpg(child.pid, signal.SIGKILL)
+            else:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in _heard(signals)}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _heard(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Without those that this process was told to ignore, as `nohup` tells it of SIGHUP."""
+    return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]

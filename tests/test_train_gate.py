@@ -14,6 +14,7 @@ from precompute.rescore import Rescored
 from store.errors import InputError, StoreError
 from store.reader import open_store
 from train import gate
+from train.plan import compare_stores
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_nan_is_never_within_tolerance():
 
 def test_eval_store_must_come_from_the_same_model(store, world, tmp_path):
     same = make_store(tmp_path / "same", world.model, make_rows(5, seed=3), dataset="held out", max_length=128)
-    gate.compare_stores(same, store)
+    compare_stores(same, store)
     other = make_store(tmp_path / "other", world.model, make_rows(5, seed=3), "bfloat16")
     with pytest.raises(StoreError, match=r"another weights_sha256, dtype than .* --dtype float32"):
-        gate.compare_stores(other, store)
+        compare_stores(other, store)

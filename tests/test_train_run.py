@@ -17,7 +17,8 @@ from launch import Process
 from store.errors import InputError, RefdpoError, StoreError
 from train import record
 from train.config import TrainConfig
-from train.run import join, policy_of, refuse_abandoned_build, train
+from train.plan import policy_of
+from train.run import join, refuse_abandoned_build, train
 
 
 @pytest.fixture(autouse=True)

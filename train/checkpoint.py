@@ -1,11 +1,21 @@
-"""Checkpoints of a run: the newest that can be resumed from, and writing one when told to stop. Imports nothing heavy by itself."""
+"""Checkpoints of a run: which are whole, and the newest that can be resumed from. Imports nothing heavy."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 COMPLETE = "trainer_state.json"
-"""Written last: a checkpoint folder without it was cut short by a kill and is not resumed from."""
+"""Written last: a checkpoint folder without it, or with a part of it, was cut short by a kill and is not resumed from."""
+
+
+def state_of(checkpoint: Path) -> dict | None:
+    """What transformers' trainer wrote of itself last (global_step, epoch, log_history, …); None for a checkpoint that was cut short."""
+    try:
+        state = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -13,19 +23,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     steps = {}
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / COMPLETE).is_file():
+        if match and state_of(path) is not None:
             steps[int(match[1])] = path
     return steps[max(steps)] if steps else None
 
 
 def cut_short(path: Path) -> bool:
     """A checkpoint folder that a kill left incomplete."""
-    return path.name.startswith("checkpoint-") and path.is_dir() and not (path / COMPLETE).is_file()
+    return path.name.startswith("checkpoint-") and path.is_dir() and state_of(path) is None
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether `folder` holds a run that came to its end."""
-    try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status") == "finished"
-    except (OSError, ValueError, AttributeError):
-        return False
+def remove_cut_short(folder: Path) -> None:
+    """Before training: what another number of processes left of a checkpoint would else become a part of the next one of that name."""
+    for path in folder.glob("checkpoint-*"):
+        if cut_short(path):
+            shutil.rmtree(path)

@@ -4,18 +4,23 @@ The dataset holds one number per pair, its position in the store: a million pair
 Parquet files when a batch is asked for, in whichever process asks.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from store.derive import derive, fits
 from store.errors import InputError
 from store.reader import TOKEN_COUNTS, Store
 from store.schema import SUMS_ONLY
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 """What TRL's collator gets for each pair: lists of int and two floats (nats)."""
@@ -76,12 +81,11 @@ def lengths_of(dataset: Dataset, store: Store, max_length: int) -> Lengths:
     return Lengths(prompt, chosen, rejected)
 
 
-def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, positions: Sequence[int] | None = None) -> Dataset:
-    """The pairs of `store` as a store of `max_length` would hold them; sums are LD-DPO's if `ld_alpha` is given.
+def fitting(store: Store, max_length: int, ld_alpha: float | None = None, positions: Sequence[int] | None = None) -> np.ndarray:
+    """Positions, int32, of those of the pairs at `positions` (None: all) that can be trained on at `max_length`, in the same order.
 
-    `positions` says which pairs and in which order (store/select.py); None: all, in the store's order.
-    A pair whose prompt alone fills `max_length` is left out, as TRL leaves it out: `store.num_pairs - len(dataset)` of them.
-    Raises InputError for a `max_length` above the store's, or one that leaves no pair.
+    A pair whose prompt alone fills `max_length` is left out, as TRL leaves it out. Raises InputError for a `max_length` above the
+    store's, for one that leaves no pair, and where the store lacks the token values that the sums asked for are made of.
     """
     if max_length > store.identity.max_length:
         raise InputError(
@@ -106,6 +110,18 @@ def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, pos
             where=f"{store.path}, --max-length {max_length}",
             found=f"{store.num_pairs} pairs in the store",
         )
+    return positions
+
+
+def dataset_of(store: Store, max_length: int, ld_alpha: float | None = None, positions: Sequence[int] | None = None) -> Dataset:
+    """The pairs of `store` as a store of `max_length` would hold them; sums are LD-DPO's if `ld_alpha` is given.
+
+    `positions` says which pairs and in which order (store/select.py); None: all, in the store's order. Leaves out and refuses what
+    `fitting` does.
+    """
+    from datasets import Dataset
+
+    positions = fitting(store, max_length, ld_alpha, positions)
     # datasets would pickle the table to hash it. The transform, and with it the store, goes into the fingerprint when it is set.
     fingerprint = hashlib.sha256(positions).hexdigest()[:16]
     dataset = Dataset(pa.table({POSITION: positions}), fingerprint=fingerprint)

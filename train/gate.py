@@ -20,14 +20,12 @@ from store.command import cli
 from store.errors import InputError, StoreError
 from store.manifest import Identity
 from store.reader import Store
+from train.plan import COMPARED, shown
 
 T = TypeVar("T")
 
 NUM_PAIRS = 8
 """Random pairs rescored, the same on every rank. A mean over some thousand tokens; seconds for a 7B model."""
-
-COMPARED = ("weights_sha256", "config_sha256", "tokenizer_sha256", "chat_template_sha256", "dtype")
-"""Fields of a store's identity that the policy must share."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +109,6 @@ def notice(report: GateReport, store: Store, policy: str) -> str:
     return "\n".join(lines)
 
 
-def compare_stores(eval_store: Store, store: Store) -> None:
-    """StoreError unless both stores were made by the same model and tokenizer in the same dtype."""
-    of_eval, of_train = eval_store.identity, store.identity
-    differing = [name for name in COMPARED if getattr(of_eval, name) != getattr(of_train, name)]
-    if differing:
-        as_loaded = (
-            " Weights hash as loaded: in another dtype the same ones differ." if {"weights_sha256", "dtype"} <= {*differing} else ""
-        )
-        raise StoreError(
-            f"the eval store was made with another {', '.join(differing)} than {store.path}",
-            where=eval_store.path,
-            expected="; ".join(_shown(name, of_train) for name in differing),
-            found="; ".join(_shown(name, of_eval) for name in differing),
-            next=f"Make the eval store with --model {of_train.model} --dtype {of_train.dtype} and the same tokenizer and template.{as_loaded}",
-        )
-
-
 def _stop_if_different(report: GateReport, store: Store, policy: str) -> None:
     if report.differences:
         raise InputError(
@@ -161,16 +142,10 @@ def _differences(
     name = f"{policy}@{revision}" if revision else policy
     names = {"weights_sha256": name, "config_sha256": name, "tokenizer_sha256": tokenizer.name_or_path}
     return tuple(
-        Difference(field, _shown(field, identity), _short(now[field]) + (f" ({names[field]})" if field in names else ""))
+        Difference(field, shown(field, identity), _short(now[field]) + (f" ({names[field]})" if field in names else ""))
         for field in COMPARED
         if field in now and now[field] != getattr(identity, field)
     )
-
-
-def _shown(field: str, identity: Identity) -> str:
-    model = f"{identity.model}@{identity.revision}" if identity.revision else identity.model
-    names = {"weights_sha256": model, "config_sha256": model, "tokenizer_sha256": identity.tokenizer}
-    return _short(getattr(identity, field)) + (f" ({names[field]})" if field in names else "")
 
 
 def _short(value: str) -> str:

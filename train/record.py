@@ -5,7 +5,6 @@ Needs neither torch nor transformers, so that a command line can ask `checkpoint
 
 import json
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -68,11 +67,6 @@ def started(config: TrainConfig, identity: Identity, policy: dict, max_length: i
         "effective_batch_size": batch,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "deepspeed")},
     }
-
-
-def command_again(*options: str) -> str:
-    """What was typed, to be typed again, with `options` where it lacks them."""
-    return shlex.join(["python", *sys.argv, *(option for option in options if option not in sys.argv)])
 
 
 def now() -> str:

@@ -1,6 +1,6 @@
 """One training run, inside each rank: open the store, load the policy, pass the gate, train, save.
 
-1. store      sealed, every checksum right (rank 0 reads every byte, the others the manifest)
+1. plan       options, stores (rank 0 reads every byte, the others the manifest), output folder     train/plan.py
 2. policy     the store's own model unless another is named; in the store's dtype
 3. gate       policy = reference?                       train/gate.py
 4. train      TRL's DPO under DeepSpeed, no reference    train/trainer.py
@@ -14,8 +14,10 @@ import shlex
 import socket
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,19 +28,19 @@ from trl import DPOConfig
 
 from launch import Process, launched
 from precompute.model import load_model, load_tokenizer
-from stop import Stopped, StopRequest, listening
+from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
 from store.errors import InputError
-from store.manifest import Identity
-from store.reader import open_store
-from store.select import Selection, select
+from store.select import Selection
 from train import gate, record
 from train.balance import Shape, shuffled
+from train.checkpoint import remove_cut_short, state_of
 from train.config import TrainConfig
 from train.data import dataset_of, lengths_of
-from train.interrupt import CheckpointAndStop
+from train.interrupt import CheckpointAndStop, anyone_told, evaluation_is_due
 from train.outlook import describe, outlook
 from train.packed import refuse_unpackable_policy
+from train.plan import plan, refuse_folder
 from train.progress import ProgressLines
 from train.record import TrainResult
 from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, write_whole
@@ -46,22 +48,15 @@ from train.speed import PHASES
 from train.trainer import LogLastStep, StoreDPOTrainer
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Where the policy and its tokenizer are loaded from."""
+def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
+    """Run phase 2 on this rank. Every rank calls it; rank 0 prints. `stop`: set by signals; None: listened for from here on.
 
-    name: str
-    revision: str | None
-    tokenizer: str
-    tokenizer_revision: str | None
-    dtype: str
-
-
-def train(config: TrainConfig) -> TrainResult:
-    """Run phase 2 on this rank. Every rank calls it; rank 0 prints. Raises InputError or StoreError before anything is trained, and
-    Stopped, with a checkpoint written, when told to stop."""
-    with listening() as stop:
+    Raises InputError or StoreError before anything is trained, and Stopped, with a checkpoint written, when told to stop.
+    """
+    if stop is not None:
         return _train(config, stop)
+    with listening(STOP_TRAINING) as heard:
+        return _train(config, heard)
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
@@ -69,46 +64,31 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     join(process)
     first = process.rank == 0
     say = print if first else _silent
-    accumulation = config.accumulation_steps(process.world)
     refuse_abandoned_build()
-    checkpoint = record.checkpoint_of(config)
-    if first and checkpoint is None:
-        record.refuse_other_run(config.output_dir)
-
-    store = open_store(config.ref_store, check="sha256" if first else "none")
-    max_length = config.max_length or store.identity.max_length
-    selection = select(config.ref_store, config.where, config.order_by, config.eval_fraction)
-    pairs = dataset_of(store, max_length, config.ld_alpha, selection.train)
-    if not selection.everything:
-        say(str(selection))
-    if len(pairs) < len(selection.train):
-        dropped = len(selection.train) - len(pairs)
-        say(f"{dropped:,} of {len(selection.train):,} pairs dropped: their prompt alone fills max length {max_length}")
-    eval_pairs = dataset_of(store, max_length, config.ld_alpha, selection.eval) if config.eval_fraction is not None else None
-    if config.eval_ref_store is not None:
-        eval_store = open_store(config.eval_ref_store, check="sha256" if first else "none")
-        gate.compare_stores(eval_store, store)
-        eval_pairs = dataset_of(eval_store, max_length, config.ld_alpha)
-    lengths = lengths_of(pairs, store, max_length)
-    policy = policy_of(config, store.identity)
+    planned = plan(config, process.world, check="sha256" if first else "none")
+    if first:
+        refuse_folder(config, planned)
+    store, policy, checkpoint, course = planned.store, planned.policy, planned.checkpoint, planned.course
+    pairs = dataset_of(store, planned.max_length, config.ld_alpha, planned.train)
+    eval_pairs = None
+    if planned.eval is not None:
+        eval_pairs = dataset_of(planned.eval_store, planned.max_length, config.ld_alpha, planned.eval)
+    if not planned.selection.everything:
+        say(str(planned.selection))
+    if len(pairs) < len(planned.selection.train):
+        dropped, of = len(planned.selection.train) - len(pairs), len(planned.selection.train)
+        say(f"{dropped:,} of {of:,} pairs dropped: their prompt alone fills max length {planned.max_length}")
+    lengths = lengths_of(pairs, store, planned.max_length)
     if policy.dtype == "float16" and not torch.cuda.is_available():
         raise InputError(
             "float16 trains on GPUs only", where="--dtype float16", next="On the CPU use a store in float32 or bfloat16."
         )
-    batch = config.per_device_train_batch_size * accumulation * process.world
-    course = record.started(config, store.identity, asdict(policy), max_length, batch)
-    course |= {
-        "selection": selection.to_json(),
-        "num_pairs": len(pairs),
-        "num_eval_pairs": len(eval_pairs or ()),
-        "world_size": process.world,
-    }
-    if first and checkpoint is not None:
-        record.compare_with_started(checkpoint, course)
 
     resharded = checkpoint is not None and must_reshard(checkpoint, process.world)
-    args = dpo_config(config, policy.dtype, max_length, accumulation, ENGINE_OPTION if resharded else {})  # joins the other ranks
-    agree(selection, args.device)
+    engine_options = ENGINE_OPTION if resharded else {}
+    args = dpo_config(config, policy.dtype, planned.max_length, planned.accumulation, engine_options)  # joins the other ranks
+    agree(planned.selection, args.device)
+    _leave_if_told(stop, args.device, config, first)
     tokenizer = load_tokenizer(policy.tokenizer, revision=policy.tokenizer_revision, chat_template=config.chat_template)
     model = load_model(
         policy.name,
@@ -139,56 +119,78 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         train_dataset=pairs,
         eval_dataset=eval_pairs,
         processing_class=tokenizer,
-        callbacks=[LogLastStep(), ProgressLines(batch), interrupt],
+        callbacks=[LogLastStep(), ProgressLines(planned.batch), interrupt],
         lengths=lengths if config.layout == "packed" else None,
     )
+    if trainer.without_dropout:
+        say(f"without dropout, as the reference was scored: the checkpoint's {', '.join(trainer.without_dropout)} are not used")
     if first:
-        shape = Shape(config.per_device_train_batch_size, process.world, accumulation)
+        shape = Shape(config.per_device_train_batch_size, process.world, planned.accumulation)
         before = shuffled(len(pairs), config.seed, epoch=0) if config.order_by is None else np.arange(len(pairs))
         after = np.array(list(trainer.get_train_sampler())) if config.layout == "packed" else before
         seen = outlook(lengths, before, after, shape)
         course["outlook"] = asdict(seen)
         say(describe(seen, config.layout, process.world))
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it shorter; run.json has all of it
-    if first and checkpoint is None:
-        record.write(config.output_dir, course)
-    if resharded:
-        say(f"{checkpoint} was written by another number of processes: its optimizer states are converted")
-        if first:
-            write_whole(checkpoint)
-        torch.distributed.barrier()
-        trainer.add_callback(RemoveWhole(checkpoint))
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    if interrupt.stopped_at is not None:
-        if not first:
-            raise SystemExit(Stopped.exit_code)  # one rank says it for all
-        written = f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}"
-        raise stop.error(written, config.output_dir, *record.resuming())
-    trainer.save_model(str(config.output_dir))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = TrainResult(
-        output_dir=str(config.output_dir),
-        num_steps=trainer.state.global_step,
-        num_pairs=len(pairs),
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        seconds=outcome.metrics["train_runtime"],
-        peak_memory=peak_memory(args.device),
-        speed=trainer.speed.whole_report(),
-    )
+    _leave_if_told(stop, args.device, config, first)
     if first:
-        done = {
-            "status": "finished",
-            "finished": record.now(),
-            "result": asdict(result),
-            "gate": str(report),
-            "log_history": trainer.state.log_history,
-        }
-        record.write(config.output_dir, course | done)
+        record.write(config.output_dir, course)
+        remove_cut_short(config.output_dir)
+    with record.keeping_status(config.output_dir) if first else nullcontext():
+        num_steps_before = 0
+        if checkpoint is not None:
+            state = state_of(checkpoint)
+            num_steps_before = state["global_step"]
+            args.eval_on_start = evaluation_is_due(state, args)
+        if resharded:
+            say(f"{checkpoint} was written by another number of processes: its optimizer states are converted")
+            if first:
+                write_whole(checkpoint)
+            torch.distributed.barrier()
+            trainer.add_callback(RemoveWhole(checkpoint))
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        if interrupt.stopped_at is not None:
+            what = f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}"
+            _leave(stop, what, config, first, *record.resuming())
+        trainer.save_model(str(config.output_dir))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        result = TrainResult(
+            output_dir=str(config.output_dir),
+            num_steps=trainer.state.global_step,
+            num_pairs=len(pairs),
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            seconds=outcome.metrics["train_runtime"],
+            peak_memory=peak_memory(args.device),
+            speed=trainer.speed.whole_report(),
+            num_steps_before=num_steps_before,
+        )
+        if first:
+            done = {
+                "status": "finished",
+                "finished": record.now(),
+                "result": asdict(result),
+                "gate": str(report),
+                "log_history": trainer.state.log_history,
+            }
+            record.write(config.output_dir, course | done)
     if config.push_to_hub:
         trainer.push_to_hub()
     say(summary(result, config))
     return result
+
+
+def _leave_if_told(stop: StopRequest, device: torch.device, config: TrainConfig, first: bool) -> None:
+    """End this rank, with all others, if any of them was told to stop; nothing has been trained yet."""
+    if anyone_told(stop, device):
+        _leave(stop, "nothing is lost, as no step was done yet", config, first)
+
+
+def _leave(stop: StopRequest, what: str, config: TrainConfig, first: bool, *options: str) -> NoReturn:
+    """Raises Stopped on rank 0, which says it for all. `options`: what the command needs besides, to go on."""
+    if not first:
+        raise SystemExit(Stopped.exit_code)
+    raise stop.error(what, config.output_dir, *options)
 
 
 def agree(selection: Selection, device: torch.device) -> None:
@@ -239,21 +241,6 @@ def join(process: Process) -> None:
         )
     environ["MASTER_ADDR"] = "127.0.0.1"
     environ["MASTER_PORT"] = str(_free_port() if process.world == 1 else 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
-
-
-def policy_of(config: TrainConfig, identity: Identity) -> Policy:
-    """What to load: the store's own model and tokenizer, unless the configuration names others."""
-    if config.policy is None:
-        name, revision, tokenizer = identity.model, identity.revision, config.tokenizer or identity.tokenizer
-    else:
-        name, revision, tokenizer = config.policy, config.revision, config.tokenizer or config.policy
-    return Policy(
-        name=name,
-        revision=revision,
-        tokenizer=tokenizer,
-        tokenizer_revision=revision if tokenizer == name else None,
-        dtype=config.dtype or identity.dtype,
-    )
 
 
 def dpo_config(
@@ -352,11 +339,17 @@ def describe_speed(speed: dict[str, float]) -> str:
 
 def summary(result: TrainResult, config: TrainConfig) -> str:
     """What the user reads at the end of phase 2."""
-    speed = result.num_steps / result.seconds if result.seconds else 0.0
+    steps = result.num_steps - result.num_steps_before
+    trained = f"trained {result.num_steps:,} steps on {result.num_pairs:,} pairs"
+    if steps:
+        trained += f" in {result.seconds:.0f} s ({steps / result.seconds:.2g} steps/s)" if result.seconds else ""
+        trained += f"; {result.num_steps_before:,} of the steps before this start" if result.num_steps_before else ""
+    else:
+        trained += ", all of them before this start, which saved the model"
     lines = [
-        f"trained {result.num_steps:,} steps on {result.num_pairs:,} pairs in {result.seconds:.0f} s ({speed:.2g} steps/s)",
+        trained,
         f"  loss     {result.first_loss:.4f} at step 1, {result.last_loss:.4f} at the end ({' + '.join(config.loss_type)}, beta {config.beta:g})",
-        f"  speed    {describe_speed(result.speed)}",
+        *([f"  speed    {describe_speed(result.speed)}"] if result.speed else []),
         f"  memory   {result.peak_memory / 2**30:.2f} GiB in the process that needed most; no reference model was loaded",
         f"  model    {result.output_dir}",
         f"  record   {result.output_dir}/{record.NAME} (options, store, loss history)",

@@ -1,0 +1,118 @@
+"""The end of a run: killed or told to stop at any point and started again, it ends as the undisturbed one, with no step too many."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from train_setup import make_world
+
+from train import record
+from train.interrupt import evaluation_is_due
+
+ROOT = Path(__file__).parents[1]
+ENVIRON = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    make_world(tmp_path, num_rows=24)
+    return tmp_path
+
+
+def end(folder: Path, *cases: str) -> dict:
+    command = [sys.executable, ROOT / "tests" / "end_cases.py", folder, *cases]
+    done = subprocess.run([str(word) for word in command], env=ENVIRON, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    for name, result in results.items():
+        assert result["failures"] == [], name
+        evaluated = [entry["step"] for entry in result["history"] if "eval_loss" in entry]
+        steps = [entry["step"] for entry in result["history"] if "loss" in entry]
+        assert steps == list(range(1, result["steps"] + 1)) and evaluated[-1] == result["steps"], name
+    return results
+
+
+def test_killed_after_the_last_step_it_ends_as_the_undisturbed_run(folder):
+    (result,) = end(folder, "steps,1,SIGKILL,2").values()
+    assert (result["steps"], result["tried"]) == (2, 2) and result["events"] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("length", ["steps", "epochs"])
+def test_killed_or_told_to_stop_at_any_point_it_ends_as_the_undisturbed_run(folder, length, ranks):
+    end(folder, f"{length},{ranks},SIGKILL,all", f"{length},{ranks},SIGTERM,4")
+
+
+def entry(step: int, **values: float) -> dict:
+    return {"step": step, **values}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "step", "epoch", "log", "due"),
+    [
+        ("epoch", 4, 1.0, [entry(4, loss=1.0)], True),
+        ("epoch", 4, 1.0, [entry(4, loss=1.0), entry(4, eval_loss=1.0)], False),
+        ("epoch", 3, 0.75, [], False),
+        ("epoch", 7, 1.75, [entry(4, eval_loss=1.0)], True),  # the last step ends the last, unfinished epoch
+        ("steps", 4, 1.0, [entry(2, eval_loss=1.0)], True),
+        ("steps", 3, 0.75, [], False),
+        ("steps", 7, 1.75, [], True),
+        ("no", 7, 1.75, [], False),
+    ],
+)
+def test_an_evaluation_that_a_kill_cost_is_made_up_for(strategy, step, epoch, log, due):
+    state = {"global_step": step, "epoch": epoch, "max_steps": 7, "log_history": log}
+    assert evaluation_is_due(state, SimpleNamespace(eval_strategy=strategy, eval_steps=2)) is due
+
+
+def train(folder: Path, *more: str) -> subprocess.Popen:
+    words = [
+        "train",
+        "--ref-store",
+        folder / "store",
+        "--output-dir",
+        folder / "run",
+        "--num-processes",
+        1,
+        "--loss-type",
+        "sigmoid",
+    ]
+    words += ["--beta", "0.1", "--effective-batch-size", 4, "--num-train-epochs", 2, "--eval-fraction", "0.2", *more]
+    # As from a terminal: a shell's background job would ignore Ctrl-C.
+    command = ["env", "--default-signal=INT", sys.executable, str(ROOT / "cli.py"), *map(str, words)]
+    return subprocess.Popen(command, env=ENVIRON, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_told_to_stop_it_writes_a_checkpoint_and_the_command_that_it_prints_goes_on(folder, number):
+    run = train(folder)
+    for line in run.stdout:
+        if line.startswith("step 2/"):
+            run.send_signal(number)
+            break
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 75, output
+    (error,) = (line for line in output.splitlines() if line.startswith("Error:"))
+    assert "Traceback" not in output and f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: a checkpoint" in error
+    assert record.read(folder / "run")["status"] == "stopped"
+    stopped_at = int(error.split("at step ")[1].split()[0])
+    command = error.split(" to go on: ")[1]
+    again = subprocess.run(command, shell=True, env=ENVIRON, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{stopped_at} of the steps before this start" in again.stdout
+    assert record.finished(folder / "run")["result"]["num_steps"] > stopped_at
+
+    # What is finished stays as it is, and another run is not taken for it.
+    for more, code, words in (((), 0, "trained already"), (("--seed", "7"), 2, "expected seed 42; found seed 7")):
+        rerun = train(folder, "--resume", *more)
+        output = rerun.communicate(timeout=300)[0]
+        assert rerun.returncode == code and words in output, output

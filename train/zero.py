@@ -1,0 +1,64 @@
+"""The DeepSpeed configuration: values that stand in it and in the options are the same, or the run is refused before anything is loaded."""
+
+import json
+
+from store.errors import InputError
+from train.config import TrainConfig
+
+ADAM = {"betas": [0.9, 0.999], "eps": 1e-8}
+"""transformers' AdamW, which has no option here."""
+
+
+def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int, batch: int) -> None:
+    """InputError naming each value of `--zero-config` that is neither `auto` nor what the options say, with both.
+
+    `accumulation`: micro-batches per optimizer step and rank; `batch`: pairs per optimizer step over all ranks.
+    """
+    said = json.loads(config.zero_config.read_text(encoding="utf-8"))
+    where = f"--zero-config {config.zero_config}"
+    if "scheduler" in said:
+        raise InputError(
+            "has a scheduler of its own, which would replace the options'",
+            where=where,
+            expected=f"--lr-scheduler-type {config.lr_scheduler_type} --warmup-ratio {config.warmup_ratio:g}",
+            found=f"scheduler {_type(said['scheduler'])}",
+            next='Remove "scheduler" from the file.',
+        )
+    differing = []
+    for path, option, value in (
+        ("train_micro_batch_size_per_gpu", "--per-device-train-batch-size", config.per_device_train_batch_size),
+        ("gradient_accumulation_steps", "--gradient-accumulation-steps", accumulation),
+        ("train_batch_size", "--effective-batch-size", batch),
+        ("gradient_clipping", "--max-grad-norm", config.max_grad_norm),
+        ("bf16.enabled", "--dtype", dtype == "bfloat16"),
+        ("fp16.enabled", "--dtype", dtype == "float16"),
+        ("optimizer.params.lr", "--learning-rate", config.learning_rate),
+        ("optimizer.params.weight_decay", "--weight-decay", config.weight_decay),
+        ("optimizer.params.betas", None, ADAM["betas"]),
+        ("optimizer.params.eps", None, ADAM["eps"]),
+    ):
+        found = _at(said, path)
+        if found in (None, "auto") or found == value:
+            continue
+        ours = f"{option} {dtype if option == '--dtype' else value}" if option else f"{value}, which has no option"
+        differing.append((ours, f"{path} {json.dumps(found)}"))
+    if differing:
+        raise InputError(
+            "contradicts the options",
+            where=where,
+            expected="; ".join(ours for ours, _ in differing),
+            found="; ".join(theirs for _, theirs in differing),
+            next='Write "auto" there, or give the same value as an option.',
+        )
+
+
+def _at(config: dict, path: str) -> object:
+    """The value at a path of names joined by dots; None where there is none."""
+    value: object = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _type(block: object) -> object:
+    return block.get("type") if isinstance(block, dict) else block
