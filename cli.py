@@ -690,12 +690,12 @@ def import_cmd(cache: Path, num_pairs: int, **options) -> None:
     and without --ld-alpha.
     """
     config = _precompute_config(layout="packed", tokens_per_batch=16384, **options)
-    import launch
+    from devices import device
 
     with quiet_libraries():
         from precompute.import_trl import import_trl
 
-        import_trl(config, cache, launch.device(0), num_pairs)
+        import_trl(config, cache, device(0), num_pairs)
     _report_store(config.ref_store, 0)
 
 
@@ -820,7 +820,8 @@ def _typed(context: click.Context, name: str) -> bool:
 
 
 def _rescore(ref_store: Path, model: str, revision: str | None, config: str, num_pairs: int, seed: int, layout: str | None) -> None:
-    import launch
+    from devices import device
+    from precompute.attention import refuse_without_kernels
     from precompute.model import load_model, weights_sha256
     from precompute.rescore import TOLERANCE, rescore
     from store.errors import StoreError
@@ -829,10 +830,13 @@ def _rescore(ref_store: Path, model: str, revision: str | None, config: str, num
 
     store = open_store(ref_store, check="none")
     identity = store.identity
-    loaded = load_model(model, revision=revision, dtype=identity.dtype, device=launch.device(0))
+    layout = layout or store.manifest.provenance.get("layout", "packed")  # what made it; an imported store does not say
+    where = device(0)
+    if layout == "packed":
+        refuse_without_kernels(where, identity.dtype)
+    loaded = load_model(model, revision=revision, dtype=identity.dtype, device=where)
     checked = (("weights", weights_sha256(loaded), identity.weights_sha256), ("configuration", config, identity.config_sha256))
     others = [what for what, now, stored in checked if now != stored]
-    layout = layout or store.manifest.provenance.get("layout", "packed")  # what made it; an imported store does not say
     result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
     of = "completion's mean" if identity.scorer_version == SUMS_ONLY else "token"
     click.echo(

@@ -10,6 +10,7 @@ import sys
 import threading
 from dataclasses import dataclass
 
+from devices import num_gpus
 from stop import SIGNALS, STOP_TRAINING, Stopped, passing_on
 from store.errors import InputError
 
@@ -47,31 +48,14 @@ def place_among_all(process: Process) -> tuple[int, int]:
 
 
 def num_local_processes(requested: int | None, default_without_gpu: int) -> int:
-    """One per GPU, else `default_without_gpu`; or what was requested. Raises InputError for more than there are GPUs."""
-    import torch
-
-    gpus = torch.cuda.device_count()
+    """One per GPU, else `default_without_gpu`; or what was requested. Raises InputError for more than there are GPUs, and for GPUs that do
+    not work."""
+    gpus = num_gpus()
     if requested is None:
         return gpus or default_without_gpu
     if requested < 1 or (gpus and requested > gpus):
         raise InputError("no such number of processes", expected=f"1 to {gpus or 'the number of cores'}", found=requested)
     return requested
-
-
-def device(local_rank: int):
-    """The GPU of this local rank, or the CPU of a machine that has none. Raises InputError when there are GPUs but not this one."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if gpus == 0:
-        return torch.device("cpu")
-    if local_rank >= gpus:
-        raise InputError(
-            f"no GPU for local rank {local_rank}",
-            expected=f"at most {gpus} processes on this machine",
-            next="Lower --num-workers or the launcher's count.",
-        )
-    return torch.device("cuda", local_rank)
 
 
 def run_workers(num_workers: int) -> int:

@@ -6,6 +6,7 @@ over [context | branch] needs. On a CPU it is a kernel of this project (kernels.
 PyTorch's flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps. No mask matrix exists.
 """
 
+import inspect
 from contextlib import contextmanager
 
 import numpy as np
@@ -191,6 +192,29 @@ def refuse_unpackable(model: PreTrainedModel) -> None:
     if reason is not None:
         raise InputError(
             f"the packed layout cannot run this model: {reason}", where=type(model).__name__, next="Use --layout padded."
+        )
+
+
+def refuse_without_kernels(device: torch.device, dtype: str) -> None:
+    """InputError where a GPU or this PyTorch lacks the flash attention that a packed row needs; to be asked before a model is loaded."""
+    if device.type != "cuda" or dtype == "float32":
+        return
+    found = f"torch {torch.__version__}"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        enough = "window_size" in inspect.signature(varlen_attn).parameters
+    except ImportError:
+        enough = False
+    if enough and torch.cuda.get_device_capability(device) < (8, 0):
+        found, enough = f"{torch.cuda.get_device_name(device)}, which has no flash attention", False
+    if not enough:
+        raise InputError(
+            "the packed layout cannot run here",
+            where=device,
+            expected="torch 2.11 or newer (torch.nn.attention.varlen with windows) and a GPU of compute capability 8.0 or newer",
+            found=found,
+            next="Install a newer PyTorch (uv pip install --upgrade torch --torch-backend=auto), or use --layout padded.",
         )
 
 

@@ -21,8 +21,10 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from launch import Process, device, place_among_all
+import devices
+from launch import Process, place_among_all
 from precompute import kernels
+from precompute.attention import refuse_without_kernels
 from precompute.budget import largest_budget
 from precompute.cpu import give_back_freed_memory, keep_freed_memory
 from precompute.dataset import check_and_fingerprint, load_rows
@@ -96,7 +98,11 @@ def run(config: PrecomputeConfig, process: Process) -> Manifest:
 
 
 def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manifest:
-    where = device(process.local_rank)
+    where = devices.device(process.local_rank)
+    if config.show == "text" and process.rank == 0:
+        print(devices.describe(where, process.world), file=sys.stderr)
+    if config.layout == "packed":
+        refuse_without_kernels(where, config.dtype)
     stamp = checkpoint_stamp(config.model, config.revision)
     rows, tokenizer, model, identity = load_inputs(config, where, weights_known(config.ref_store, stamp))
     if where.type == "cpu":

@@ -15,7 +15,7 @@ import socket
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +26,9 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import PrinterCallback
 from trl import DPOConfig
 
+import devices
 from launch import Process, launched
+from precompute.attention import refuse_without_kernels
 from precompute.model import load_model, load_tokenizer
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
@@ -61,10 +63,13 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
 
 def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     process = launched() or Process(rank=0, world=1, local_rank=0)
-    join(process)
     first = process.rank == 0
     say = print if first else _silent
-    refuse_abandoned_build()
+    where = devices.device(process.local_rank)
+    say(devices.describe(where, process.world))
+    join(replace(process, local_rank=where.index if where.type == "cuda" else process.local_rank))
+    if where.type == "cpu":
+        refuse_abandoned_build()
     planned = plan(config, process.world, check="sha256" if first else "none")
     if first:
         refuse_folder(config, planned)
@@ -79,10 +84,12 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         dropped, of = len(planned.selection.train) - len(pairs), len(planned.selection.train)
         say(f"{dropped:,} of {of:,} pairs dropped: their prompt alone fills max length {planned.max_length}")
     lengths = lengths_of(pairs, store, planned.max_length)
-    if policy.dtype == "float16" and not torch.cuda.is_available():
+    if policy.dtype == "float16" and where.type == "cpu":
         raise InputError(
             "float16 trains on GPUs only", where="--dtype float16", next="On the CPU use a store in float32 or bfloat16."
         )
+    if config.layout == "packed":
+        refuse_without_kernels(where, policy.dtype)
 
     resharded = checkpoint is not None and must_reshard(checkpoint, process.world)
     engine_options = ENGINE_OPTION if resharded else {}
@@ -215,7 +222,7 @@ BUILD_MINUTES = 15
 def refuse_abandoned_build() -> None:
     """InputError where a process was killed while it compiled DeepSpeed's CPU operator: PyTorch would wait for its lock for ever, in silence."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in () if torch.cuda.is_available() else root.glob("**/deepspeed_shm_comm/lock"):
+    for lock in root.glob("**/deepspeed_shm_comm/lock"):
         minutes = (time.time() - lock.parent.stat().st_mtime) / 60  # files come and go there while it is compiled
         if minutes > BUILD_MINUTES:
             raise InputError(

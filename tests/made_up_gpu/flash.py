@@ -6,25 +6,33 @@ floating-point dtype; `take_the_place_of_cudas` puts them, with the checks, wher
 
 import torch
 
+BLOCK = 512
+"""Queries at a time: of a long sequence, the scores of all would fill the host's memory."""
+
 
 def masked_scores(query, key, cu_queries, cu_keys, is_causal, scale, left, right):
-    """query [Tq, H, D], key [Tk, Hkv, D] -> for each sequence where its queries and keys lie, and its scores [H, n, m], -inf where unseen.
+    """query [Tq, H, D], key [Tk, Hkv, D] -> for each block of a sequence's queries where they and its keys lie, and their scores [H, n, m],
+    -inf where unseen.
 
     Query i of n stands at key m - n + i of m (bottom-right) and sees the keys from `left` before it to `right` after it, -1 for all.
     """
     assert is_causal == (left == -1 and right == 0)
-    starts, stops = (cu.tolist() for cu in (cu_queries, cu_keys))
-    for sequence in range(len(starts) - 1):
-        queries, keys = slice(*starts[sequence : sequence + 2]), slice(*stops[sequence : sequence + 2])
-        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
-        distance = torch.arange(num_keys) - (torch.arange(num_queries) + num_keys - num_queries)[:, None]
-        unseen = torch.zeros(num_queries, num_keys, dtype=torch.bool)
-        if left >= 0:
-            unseen |= distance < -left
-        if right >= 0:
-            unseen |= distance > right
-        scores = torch.einsum("qhd,khd->hqk", query[queries], for_each_query_head(key[keys], query)) * scale
-        yield queries, keys, scores.masked_fill(unseen, -torch.inf)
+    of_queries, of_keys = (cu.tolist() for cu in (cu_queries, cu_keys))
+    for sequence in range(len(of_queries) - 1):
+        first, last = of_queries[sequence : sequence + 2]
+        keys = slice(*of_keys[sequence : sequence + 2])
+        num_keys = keys.stop - keys.start
+        for start in range(first, last, BLOCK):
+            queries = slice(start, min(start + BLOCK, last))
+            place = torch.arange(queries.start, queries.stop) - last + num_keys
+            distance = torch.arange(num_keys) - place[:, None]
+            unseen = torch.zeros_like(distance, dtype=torch.bool)
+            if left >= 0:
+                unseen |= distance < -left
+            if right >= 0:
+                unseen |= distance > right
+            scores = torch.einsum("qhd,khd->hqk", query[queries], for_each_query_head(key[keys], query)) * scale
+            yield queries, keys, scores.masked_fill(unseen, -torch.inf)
 
 
 def for_each_query_head(keys_or_values, query):
@@ -64,7 +72,8 @@ def backward(grad, query, key, value, out, log_sums, *arguments, scale, window_s
         for_keys = torch.einsum("hqk,qhd->khd", for_scores, query[queries])
         for_values = torch.einsum("hqk,qhd->khd", probabilities, grad[queries])
         num_keys, heads, width = key[keys].shape
-        grads[1][keys], grads[2][keys] = (each.view(num_keys, heads, -1, width).sum(2) for each in (for_keys, for_values))
+        for into, each in ((grads[1], for_keys), (grads[2], for_values)):
+            into[keys] += each.view(num_keys, heads, -1, width).sum(2)
     return tuple(grads)
 
 

@@ -9,14 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 SOURCE = Path(__file__).with_name("device.cpp")
 FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC")
 NAME = "NVIDIA B200 (made up)"
-DRIVER_TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020)."
 
 
 def compiled(torch_folder: Path) -> Path:
@@ -60,8 +58,6 @@ def visible_gpus() -> int:
 
 NUM = visible_gpus()
 MEMORY = int(float(os.environ.get("MADE_UP_GIB", "4")) * 2**30)
-UNUSABLE = "MADE_UP_FAULT" in os.environ
-"""The driver is too old: NVML counts the GPUs, CUDA refuses them."""
 library.gpu_make(max(NUM, 1), MEMORY)
 
 import torch
@@ -101,15 +97,9 @@ def _exchange_device(index: int) -> int:
     return before
 
 
-def _is_available() -> bool:
-    if UNUSABLE:
-        warnings.warn(DRIVER_TOO_OLD, stacklevel=2)
-    return NUM > 0 and not UNUSABLE
-
-
 def _lazy_init() -> None:
-    if UNUSABLE or not NUM:
-        raise RuntimeError(DRIVER_TOO_OLD if UNUSABLE else "No CUDA GPUs are available")
+    if not NUM:
+        raise RuntimeError("No CUDA GPUs are available")
 
 
 def _synchronize(device=None) -> None:
@@ -177,7 +167,7 @@ def _random_state() -> torch.Tensor:
 
 vars(cuda).update(
     # which devices there are; each a function of its own, or torch.compile's tables of torch.cuda's functions clash
-    is_available=_is_available,
+    is_available=lambda: NUM > 0,
     device_count=lambda: NUM,
     init=lambda: _lazy_init(),
     is_initialized=lambda: True,

@@ -1,0 +1,83 @@
+"""Phase 2 on a GPU, as one task of `srun --gpus-per-task=1` that is not the first of its machine: what a micro-step costs, and that a
+tensor left on the CPU fails."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from one_rank import one_rank
+from train_setup import make_world
+
+from launch import launched
+from train.config import TrainConfig
+from train.run import train
+from train.trainer import REFERENCE, StoreDPOTrainer
+
+made_up = sys.modules.get("made_up_gpu.load")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("training")
+    make_world(folder, 16, "olmo3", "bfloat16")
+    return TrainConfig(
+        ref_store=folder / "store",
+        output_dir=folder / "run",
+        loss_type=("sigmoid_norm",),
+        beta=5.0,
+        learning_rate=1e-4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        warmup_ratio=0.0,
+        logging_steps=1,
+        save_strategy="no",
+    )
+
+
+@pytest.fixture(autouse=True)
+def a_task_of_srun(monkeypatch):
+    for name, value in {"STEP_ID": "0", "PROCID": "0", "NTASKS": "1", "LOCALID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with one_rank():
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del os.environ[name]
+        assert launched().local_rank == 3
+        yield
+
+
+@pytest.mark.skipif(made_up is None, reason="a real GPU does not count")
+def test_what_a_micro_step_costs(config, monkeypatch, capsys):
+    """Launches, waits of the host and copies to the device, of the third micro-step; more of them is a slower GPU."""
+    counted, step = [], StoreDPOTrainer.training_step
+
+    def counting(self, *args, **kwargs):
+        made_up.clear_counts()
+        loss = step(self, *args, **kwargs)
+        counted.append(made_up.counts())
+        assert loss.device == torch.device("cuda:0")
+        return loss
+
+    monkeypatch.setattr(StoreDPOTrainer, "training_step", counting)
+    result = train(config)
+    assert result.first_loss == pytest.approx(0.6931, abs=1e-2)
+    assert capsys.readouterr().out.startswith(f"device: {torch.cuda.get_device_name()}")
+    third = counted[2]
+    print({name: number for name, number in third.items() if "::" not in name})  # shown when it fails
+    assert third["launches"] <= 1450
+    assert third["waits"] <= 26
+    assert third["to device"] <= 9
+
+
+def test_references_left_on_the_cpu_are_refused(config, monkeypatch):
+    """The control: were devices not checked, the tests above would show nothing. TRL's own pass once failed with these words."""
+    prepare = StoreDPOTrainer._prepare_inputs
+
+    def left_behind(self, inputs):
+        return {**prepare(self, inputs), **{name: inputs[name].cpu() for name in REFERENCE}}
+
+    monkeypatch.setattr(StoreDPOTrainer, "_prepare_inputs", left_behind)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        train(TrainConfig(**{**vars(config), "output_dir": Path(f"{config.output_dir}-left")}))

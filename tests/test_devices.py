@@ -1,0 +1,214 @@
+"""Which device is used, and that GPUs which are there and do not work are an error in both commands. PyTorch's answers are replaced by
+those it gives on such a machine; what works is tested on GPUs in test_on_gpu.py."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from train_setup import make_world
+
+import cli
+import devices
+from precompute.attention import refuse_without_kernels
+from store.errors import InputError
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(usable=, counted=, said=, cuda=, files=, visible=): a machine, as PyTorch and /dev show it."""
+
+    def make(usable=0, counted=0, said=None, cuda="13.0", files=0, visible=None):
+        def is_available():
+            if said:
+                warnings.warn(said, stacklevel=1)
+            return usable > 0
+
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: usable or counted)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        for index in range(files):
+            (tmp_path / f"nvidia{index}").touch()
+        (tmp_path / "nvidiactl").touch()
+        (tmp_path / "version").write_text(
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+        )
+        monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
+        monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return make
+
+    return make
+
+
+def test_no_gpu_and_gpus_that_work(machine):
+    machine()
+    assert devices.num_gpus() == 0
+    machine(usable=4)
+    assert devices.num_gpus() == 4
+    machine(cuda=None)  # a PyTorch for CPUs on a machine without GPUs
+    assert devices.num_gpus() == 0
+
+
+@pytest.mark.parametrize("seen", [{"counted": 4}, {"files": 4}, {"counted": 4, "files": 4}])
+def test_a_driver_that_is_too_old(machine, seen):
+    """NVML counts the GPUs, or their files are there; CUDA refuses them, with a warning."""
+    machine(**seen, said=TOO_OLD)
+    with pytest.raises(InputError) as error:
+        devices.num_gpus()
+    text = str(error.value)
+    assert text.startswith("4 GPUs are here, but PyTorch cannot use them")
+    for part in ("a driver for CUDA 13.0 or newer", "535.104.05", torch.__version__, "built for CUDA 13.0", "found version 12020"):
+        assert part in text, part
+    assert "uv pip install --reinstall torch --torch-backend=auto" in text and 'CUDA_VISIBLE_DEVICES=""' in text
+
+
+def test_a_pytorch_for_cpus_beside_a_gpu(machine):
+    machine(cuda=None, files=1)
+    with pytest.raises(
+        InputError, match="1 GPU is here, but PyTorch cannot use it; expected a PyTorch built for CUDA; found .* built for CPUs"
+    ):
+        devices.num_gpus()
+
+
+def test_gpus_that_the_job_may_not_open_are_not_there(machine, monkeypatch):
+    """In a control group without GPUs the files are there and cannot be opened."""
+    machine(files=2)
+    monkeypatch.setattr(devices, "_opens", lambda path: False)
+    assert devices.num_gpus() == 0
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
+def test_gpus_hidden_on_purpose(machine, visible):
+    machine(counted=4, files=4, said=TOO_OLD, visible=visible)
+    assert devices.num_gpus() == 0
+    assert devices.device(0).type == "cpu"
+    assert "CUDA_VISIBLE_DEVICES hides all GPUs" in devices.describe(devices.device(0), 1)
+
+
+def test_a_gpu_that_does_not_exist_was_chosen(machine):
+    machine(files=4, visible="7")
+    with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES=7.*nvidia-smi"):
+        devices.num_gpus()
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """What to type, by command; the folder in which nothing may appear."""
+    folder = tmp_path_factory.mktemp("world")
+    world = make_world(folder, 4)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.rows))
+    new = folder / "new"
+    score = [
+        "--dataset",
+        folder / "rows.jsonl",
+        "--model",
+        world.model,
+        "--max-length",
+        96,
+        "--dtype",
+        "float32",
+        "--ref-store",
+        new,
+    ]
+    given = {
+        "precompute": score,
+        "train": ["--ref-store", world.store, "--output-dir", new],
+        "verify": ["--ref-store", world.store, "--model", world.model],
+    }
+    return {name: [name, *map(str, words)] for name, words in given.items()}, new
+
+
+@pytest.mark.parametrize("by_a_launcher", [False, True])
+@pytest.mark.parametrize("name", ["precompute", "train", "verify"])
+def test_commands_end_in_one_line_before_anything_is_loaded(machine, commands, name, by_a_launcher, monkeypatch):
+    machine(counted=4, said=TOO_OLD)
+    for module in ("precompute.model", "precompute.worker", "train.run"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items() if by_a_launcher else ():
+        monkeypatch.setenv(variable, value)
+    result = CliRunner().invoke(cli.main, commands[0][name])
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1 and "4 GPUs are here, but PyTorch cannot use them" in errors[0]
+    assert not commands[1].exists()
+
+
+def test_a_gpu_that_does_not_compute(machine, monkeypatch):
+    """Such as one for which this PyTorch has no kernels, or that another process holds."""
+
+    def zeros(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might …")
+
+    machine(usable=1)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    with pytest.raises(InputError, match="NVIDIA B200 cannot be used: CUDA error: no kernel image.*sm_80, sm_90.*found sm_100"):
+        devices.device(0)
+
+
+SRUN = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "shared"),
+    [
+        ({**SRUN, "SLURM_GPUS_ON_NODE": "4"}, False),  # srun --ntasks-per-node=4 --gpus-per-task=1, as real daemons set it
+        ({**SRUN, "SLURM_GPUS_ON_NODE": "1"}, True),  # srun --ntasks-per-node=4 --gpus=1: one for all
+        (SRUN, False),
+        ({}, False),  # a process to which somebody gave its own GPU
+        ({"TORCHELASTIC_RUN_ID": "1", **SRUN, "SLURM_GPUS_ON_NODE": "4"}, True),  # torchrun's ranks see the same
+    ],
+)
+def test_the_only_visible_gpu(machine, monkeypatch, environment, shared):
+    machine(usable=1)
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, device: zeros(*args))
+    if shared:
+        with pytest.raises(InputError, match="no GPU for local rank 3; expected at most 1 process on this machine"):
+            devices.device(3)
+    else:
+        assert devices.device(3) == torch.device("cuda", 0)
+
+
+def test_a_pytorch_without_windows_in_varlen_attention(monkeypatch):
+    from torch.nn.attention import varlen
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    refuse_without_kernels(gpu, "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(InputError, match="compute capability 8.0 or newer; found NVIDIA T4"):
+        refuse_without_kernels(gpu, "bfloat16")
+    monkeypatch.setattr(
+        varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None
+    )  # 2.10's
+    with pytest.raises(InputError, match=f"expected torch 2.11 or newer.*found torch {re.escape(torch.__version__)}"):
+        refuse_without_kernels(gpu, "bfloat16")
+    monkeypatch.delattr(varlen, "varlen_attn")  # as older ones
+    with pytest.raises(InputError, match="--layout padded"):
+        refuse_without_kernels(gpu, "float16")
+    refuse_without_kernels(gpu, "float32")
+    refuse_without_kernels(torch.device("cpu"), "bfloat16")
+
+
+def test_the_driver_is_described_from_what_there_is(machine, monkeypatch):
+    machine()
+    assert devices._driver().endswith("(535.104.05)")
+    monkeypatch.setattr(devices, "DRIVER", Path("nowhere"))
+    assert devices._driver()
