@@ -24,21 +24,39 @@ help:
 	@echo "make lint    ruff"
 	@echo "make clean   remove what the demo, the tests and the linter made; $(VENV) stays"
 	@echo "make $(VENV)   only the environment; demo, test and lint make it themselves"
+	@echo "make UV=1 …  install with uv instead of pip; TORCH=torch==… names another torch: README, Install"
 
 $(VENV): $(INSTALLED)
+
+# make UV=1 … installs with uv instead of pip. TORCH names another torch than constraints.txt does, such as TORCH=torch==2.13.1; which build of it
+# (CPU, CUDA) is what UV_TORCH_BACKEND, or pip's index, says.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+PINS := $(VENV)/constraints.txt
+ifdef UV
+MAKE_VENV = uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+INSTALL = uv pip install --python $(PY) -c $(PINS)
+else
+MAKE_VENV = $(PYTHON) -m venv $(VENV)
+INSTALL = $(PY) -m pip install --disable-pip-version-check -c $(PINS)
+endif
 
 # torch comes first: packages that look for it while they are built then find it. g++ is for precompute/kernels.cpp and, with Python's
 # headers, for DeepSpeed's CPU operator: both are compiled at first use.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found (python3 is $$(python3 --version 2>&1)). Debian, Ubuntu: sudo apt-get install python3 python3-venv python3-dev. Elsewhere: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -c '$(IN_RANGE)' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); this project needs Python 3.11, 3.12 or 3.13." >&2; exit 1; }
+ifdef UV
+	@command -v uv >/dev/null || { echo "uv not found: pip install uv, or leave out UV=1" >&2; exit 1; }
+else
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. Debian, Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+endif
 	@command -v g++ >/dev/null || { echo "g++ not found; scoring on a CPU and DeepSpeed compile their kernels with it. Debian, Ubuntu: sudo apt-get install g++" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || { echo "Python.h not found; DeepSpeed's CPU operator needs it. Debian, Ubuntu: sudo apt-get install python3-dev" >&2; exit 1; }
 	@echo "Installing into $(VENV) ($$($(PYTHON) --version)). The first time this takes a few minutes."
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(MAKE_VENV)
+	@{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } > $(PINS)
+	$(INSTALL) '$(TORCH)'
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)

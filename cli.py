@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 import store.command
+from slurm.submit import Resources
 from store import DTYPES
 from store.command import again, cli
 from store.errors import InputError, RefdpoError
@@ -269,14 +270,22 @@ def precompute_cmd(**options) -> None:
 
 def _precompute_config(dataset: str, **given):
     """The worker's config: what was given, completed by the preset. InputError names what is missing."""
-    from presets import PRESETS
-
-    # A preset's data set by its own name is that preset: so the command that an unsealed store suggests also keeps its training defaults.
-    preset = PRESETS.get(dataset) or next((each for each in PRESETS.values() if each.dataset == dataset), None)
+    preset, options = _completed(dataset, **given)
     if preset is not None and preset.name == "demo" and given["model"] is None:
         from demo.model import make_demo_model
 
         make_demo_model(Path(preset.model))
+    from precompute.worker import PrecomputeConfig
+
+    return PrecomputeConfig(preset=preset.name if preset else None, **options)
+
+
+def _completed(dataset: str, **given):
+    """(the preset or None, the options of precompute completed by it). Imports nothing heavy. InputError names what is missing."""
+    from presets import PRESETS
+
+    # A preset's data set by its own name is that preset: so the command that an unsealed store suggests also keeps its training defaults.
+    preset = PRESETS.get(dataset) or next((each for each in PRESETS.values() if each.dataset == dataset), None)
     defaults = {"split": "train"}
     if preset is not None:
         defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype")}
@@ -299,10 +308,7 @@ def _precompute_config(dataset: str, **given):
         )
     if given["ref_store"] is None:
         given["ref_store"] = Path("store") / (preset.name if preset else Path(dataset.rstrip("/")).name.split(".")[0])
-
-    from precompute.worker import PrecomputeConfig
-
-    return PrecomputeConfig(dataset=preset.dataset if preset else dataset, preset=preset.name if preset else None, **given)
+    return preset, given | {"dataset": preset.dataset if preset else dataset}
 
 
 def _report_store(path: Path, code: int, show: str = "text") -> None:
@@ -323,16 +329,25 @@ def _report_store(path: Path, code: int, show: str = "text") -> None:
     elif code == 0 and manifest_path(path).exists():
         manifest = Manifest.load(manifest_path(path))
         click.echo(describe(manifest, path))
-        # What phase 2 cannot take from the store: the template's text, and that packed refuses the model.
-        train = ["train", "--ref-store", str(path)]
-        if manifest.command is not None and manifest.command.chat_template is not None:
-            train += ["--chat-template", os.path.relpath(Path(manifest.command.folder, manifest.command.chat_template))]
-        if manifest.provenance.get("layout") == "padded":
-            train += ["--layout", "padded"]
-        click.echo(f"Next: {cli(*train)}\n      {cli('inspect', *train[1:3])}")
+        template = manifest.command and manifest.command.chat_template
+        if template is not None:
+            template = os.path.relpath(Path(manifest.command.folder, template))
+        train = _first_of_train(path, template, manifest.provenance.get("layout"))
+        click.echo(f"Next: {cli('train', *train)}\n      {cli('inspect', *train[:2])}")
     elif code == 0:
         raise RefdpoError("not every shard is done", where=path, next=f"Run the same command again to go on: {again()}")
     sys.exit(code)
+
+
+def _first_of_train(ref_store: Path, chat_template: Path | str | None, layout: str | None, more: tuple[str, ...] = ()) -> list[str]:
+    """The options that phase 2 needs for a store, unless `more` has them. It cannot take from there the template's text, nor that packed
+    refuses the model."""
+    words = ["--ref-store", str(ref_store)]
+    if chat_template is not None and "--chat-template" not in more:
+        words += ["--chat-template", str(chat_template)]
+    if layout == "padded" and "--layout" not in more:
+        words += ["--layout", "padded"]
+    return words
 
 
 @command("analyze")
@@ -542,12 +557,13 @@ def train_cmd(**options) -> None:
         train(config, stop)
 
 
-def _train_config(ref_store: Path, **given):
-    """The run's config: what was given, completed by the preset of the store."""
-    from presets import PRESETS, Preset
-    from store.reader import open_store
+def _train_config(ref_store: Path, preset=None, **given):
+    """The run's config: what was given, completed by the preset of the store; `preset` where the store is yet to be made."""
+    if preset is None:
+        from presets import PRESETS, Preset
+        from store.reader import open_store
 
-    preset = PRESETS.get(open_store(ref_store, check="none").manifest.preset) or Preset
+        preset = PRESETS.get(open_store(ref_store, check="none").manifest.preset) or Preset
     names = (
         "loss_type",
         "beta",
@@ -869,6 +885,29 @@ def status_cmd(ref_store: Path) -> None:
     click.echo(describe(status(ref_store), ref_store))
 
 
+RESOURCES = {
+    "gpus": "GPUs per node, with their kind where a cluster has several: 4, h100:4. One worker or rank for each.",
+    "cpus": "CPUs per node.",
+    "mem": "Memory per node.",
+    "time": "Limit per job. Some minutes before it a job is requeued and goes on.",
+    "partition": "As for sbatch.",
+    "account": "As for sbatch.",
+    "qos": "As for sbatch.",
+}
+"""Options of `submit` that are given for both phases (--time) or for one (--precompute-time, --train-time)."""
+
+
+def resource_options(command):
+    """RESOURCES, each for both phases and for either."""
+    for name, text in reversed(RESOURCES.items()):
+        default = getattr(Resources, name)
+        kind = type(default) if default is not None else str
+        for phase in ("train", "precompute"):
+            command = click.option(f"--{phase}-{name}", type=kind, hidden=True, help=f"--{name} of {phase} alone.")(command)
+        command = click.option(f"--{name}", type=kind, default=default, show_default=default is not None, help=text)(command)
+    return command
+
+
 @command("submit")
 @click.option("--dataset", required=True, help="As for precompute: think | instruct | demo, a hub id, a file or a folder.")
 @click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the store.  [default: store/<dataset>]")
@@ -881,42 +920,94 @@ def status_cmd(ref_store: Path) -> None:
     "--precompute-nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of (each job of) phase 1."
 )
 @click.option("--train-nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of phase 2.")
-@click.option(
-    "--gpus", type=click.IntRange(min=0), default=4, show_default=True, help="GPUs per node; one worker or rank for each."
-)
-@click.option("--cpus", type=click.IntRange(min=1), default=32, show_default=True, help="CPUs per node.")
-@click.option("--mem", default="500G", show_default=True, help="Memory per node.")
-@click.option(
-    "--time", default="24:00:00", show_default=True, help="Limit per job. Some minutes before it a job is requeued and goes on."
-)
-@click.option("--partition", help="As for sbatch.")
-@click.option("--account", help="As for sbatch.")
-@click.option("--qos", help="As for sbatch.")
+@resource_options
 @click.option("--sbatch-args", default="", help="Further options of sbatch, for both jobs, quoted as one word.")
+@click.option("--precompute-sbatch-args", default="", hidden=True, help="--sbatch-args of precompute alone.")
+@click.option("--train-sbatch-args", default="", hidden=True, help="--sbatch-args of train alone.")
 @click.option("--precompute-args", default="", help="Further options of precompute, quoted as one word.")
 @click.option("--train-args", default="", help="Further options of train, quoted as one word.")
-@click.option("--dry-run", is_flag=True, help="Print the commands and the scripts instead.")
-def submit_cmd(dataset: str, ref_store: Path | None, dry_run: bool, **options) -> None:
+@click.option("--dry-run", is_flag=True, help="Check, and print the commands and the scripts instead.")
+def submit_cmd(dataset: str, ref_store: Path | None, array: int | None, dry_run: bool, **options) -> None:
     """Queue both phases on a Slurm cluster: precompute, then train once it has succeeded.
 
-    Secrets (HF_TOKEN, WANDB_API_KEY) come from the environment or .env.
+    What can be wrong is looked for first. The jobs work in this folder. --gpus, --cpus, --mem, --time, --partition, --account, --qos and
+    --sbatch-args hold for both phases; --precompute-time, --train-gpus and so on for one. Secrets (HF_TOKEN, WANDB_API_KEY) come from the
+    environment or .env.
     """
-    import shlex
-
     from slurm import submit as jobs
+    from slurm.check import check_precompute, check_train
 
-    for name in ("sbatch_args", "precompute_args", "train_args"):
-        try:
-            options[name] = tuple(shlex.split(options[name]))
-        except ValueError as error:
-            raise InputError(f"cannot be split into words: {error}", where=f"--{name.replace('_', '-')}") from error
-    ref_store = ref_store or Path("store") / Path(dataset.rstrip("/")).name.split(".")[0]
-    submission = jobs.Submission(dataset=dataset, ref_store=ref_store, **options)
+    for name in [name for name in options if name.endswith("_args")]:
+        options[name] = _words(f"--{name.replace('_', '-')}", options[name])
+    phase_1, phase_2 = (_resources(phase, options) for phase in ("precompute", "train"))
+    given = _parsed(
+        "precompute",
+        ["--dataset", dataset, *([] if ref_store is None else ["--ref-store", str(ref_store)])],
+        options["precompute_args"],
+        ours=("--dataset", "--ref-store", "--num-workers"),
+    )
+    given.pop("num_workers")
+    try:
+        preset, reference = _completed(**given)
+    except InputError as error:
+        raise InputError(error.what, where=f"--dataset {dataset}, --precompute-args", next=error.next) from error
+    check_precompute(reference, preset)
+    ref_store = reference["ref_store"]
+    precompute = ["--dataset", dataset, "--ref-store", str(ref_store), *options["precompute_args"]]
+
+    from presets import Preset
+
+    first = _first_of_train(ref_store, reference["chat_template"], reference["layout"], options["train_args"])
+    given = _parsed("train", first, options["train_args"], ours=("--ref-store", "--num-processes"))
+    for name in ("num_processes", "resume", "resume_or_start"):
+        given.pop(name)
+    config = _train_config(preset=preset or Preset, **given)
+    ranks = int(os.environ.get("REFDPO_RANKS_PER_NODE", phase_2.num_gpus))
+    check_train(config, reference, world=phase_2.nodes * max(1, ranks))
+
+    submission = jobs.Submission(
+        folder=Path.cwd(),
+        precompute_options=tuple(precompute),
+        train_options=(*first, *options["train_args"]),
+        precompute=phase_1,
+        train=phase_2,
+        array=array,
+    )
     if dry_run:
         return click.echo(jobs.dry_run(submission))
     first, second = jobs.submit(submission)
     click.echo(f"phase 1 is job {first}, phase 2 is job {second} and waits for it; logs: {jobs.LOGS}/refdpo-*.out")
-    click.echo(f"Next: python cli.py status --ref-store {ref_store}\n      squeue --jobs {first},{second}")
+    click.echo(f"Next: {cli('status', '--ref-store', ref_store)}\n      squeue --jobs {first},{second}")
+
+
+def _words(option: str, text: str) -> tuple[str, ...]:
+    import shlex
+
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise InputError(f"cannot be split into words: {error}", where=option) from error
+
+
+def _resources(phase: str, options: dict) -> "Resources":
+    """What one phase asks for: its own option where there is one, else that of both."""
+    own = {name: options[f"{phase}_{name}"] for name in RESOURCES}
+    chosen = {name: options[name] if value is None else value for name, value in own.items()}
+    sbatch_args = (*options["sbatch_args"], *options[f"{phase}_sbatch_args"])
+    return Resources(nodes=options[f"{phase}_nodes"], sbatch_args=sbatch_args, **chosen)
+
+
+def _parsed(phase: str, first: list[str], options: tuple[str, ...], ours: tuple[str, ...]) -> dict:
+    """`first` and the further `options` of a phase as its own command parses them. InputError for what it refuses, and for `ours` among
+    the further ones."""
+    if taken := [word for word in options if word.partition("=")[0] in ours]:
+        raise InputError(
+            "is not for these", where=f"--{phase}-args {taken[0]}", next="It follows from the options of submit itself."
+        )
+    try:
+        return main.commands[phase].make_context(phase, [*first, *options]).params
+    except click.UsageError as error:
+        raise InputError(error.format_message().rstrip("."), where=f"--{phase}-args") from error
 
 
 @contextlib.contextmanager

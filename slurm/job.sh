@@ -1,17 +1,70 @@
 # Sourced by the batch scripts: environment, and running a step so that a warned job is requeued and goes on where it stopped.
 set -uo pipefail
 
-[[ -f cli.py ]] || { echo "Error: $PWD has no cli.py: submit from the repository's root, or with --chdir=/path/to/it." >&2; exit 2; }
+# The repository; the job itself works where it was submitted, so that relative paths mean what they meant there.
+ROOT=$PWD
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 
 # Secrets (HF_TOKEN, WANDB_API_KEY) come from the environment or from .env, never from options: those are visible to everybody in squeue.
-if [[ -f .env ]]; then set -a; source .env; set +a; fi
+for file in "$ROOT/.env" .env; do
+    if [[ -f $file ]]; then set -a; source "$file"; set +a; fi
+done
 
 if [[ -z ${PYTHON:-} ]]; then
-    if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+    if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
 fi
 export PYTHON
-# srun takes the job's CPUs per task only from here (since Slurm 22.05).
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
+# Rows and micro-batches of many lengths: without this the CUDA allocator keeps blocks that fit none of the next ones.
+if [[ -z ${PYTORCH_ALLOC_CONF:-} ]]; then
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+fi
+
+# Workers or ranks per node: its GPUs, whatever their number and kind, or REFDPO_RANKS_PER_NODE (for nodes without any).
+ranks=${REFDPO_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+((ranks > 0)) || ranks=1
+cpus=$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+cpus_per_rank=$((cpus / ranks > 0 ? cpus / ranks : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_rank}
+
+# sbatch_options: what this job was submitted with, for the command that is printed to be typed again.
+sbatch_options() {
+    local name value
+    for name in partition=JOB_PARTITION account=JOB_ACCOUNT qos=JOB_QOS nodes=JOB_NUM_NODES ntasks-per-node=NTASKS_PER_NODE \
+        cpus-per-task=CPUS_PER_TASK gpus-per-node=GPUS_PER_NODE mem=MEM_PER_NODE; do
+        value=SLURM_${name#*=}
+        value=${!value:-}
+        [[ -z $value || $value == "(null)" ]] || printf '%s ' "--${name%%=*}=$value"
+    done
+    if [[ -n ${SLURM_ARRAY_TASK_MIN:-} ]]; then
+        printf '%s ' "--array=$SLURM_ARRAY_TASK_MIN-$SLURM_ARRAY_TASK_MAX:${SLURM_ARRAY_TASK_STEP:-1}"
+    fi
+    value=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l 2>/dev/null | head -n 1) && [[ -n $value ]] && printf '%s ' "--time=$value"
+    [[ $ROOT == "$PWD" ]] || printf '%s ' "--chdir=${ROOT@Q}"
+}
+
+# typed_again SCRIPT OPTION…: tell the processes of this job what to print as the command to type again. `cli.py submit` has told already.
+typed_again() {
+    local script=$1
+    shift
+    [[ $ROOT == "$PWD" ]] || script=$ROOT/$script
+    export REFDPO_COMMAND=${REFDPO_COMMAND:-"sbatch $(sbatch_options)${script@Q} ${*@Q}"}
+}
+
+# near_gpus DEVICES: whether every rank can be bound to the CPUs beside its GPU. That takes numactl, several NUMA nodes, and that the job may use
+# CPUs of each NUMA node that has an NVIDIA GPU. DEVICES is the kernel's folder of PCI devices.
+near_gpus() {
+    local device node mine found=()
+    command -v numactl >/dev/null || return 1
+    mine=" $(numactl --show 2>/dev/null | sed -n 's/^nodebind: *//p') "
+    for device in "$1"/*; do
+        [[ $(cat "$device/vendor" 2>/dev/null) == 0x10de && $(cat "$device/class" 2>/dev/null) == 0x03* ]] || continue
+        node=$(cat "$device/numa_node" 2>/dev/null) || return 1
+        [[ $mine == *" $node "* ]] || return 1
+        [[ " ${found[*]} " == *" $node "* ]] || found+=("$node")
+    done
+    ((${#found[@]} > 1))
+}
 
 # run_step COMMAND…: run it and exit as it does. SIGUSR1, which Slurm sends some time before the limit (--signal), reaches the workers; they put
 # their work down and the job is requeued. SIGTERM reaches them too, but whoever sends it decides about requeueing: preemption does, scancel not.

@@ -4,35 +4,32 @@ sbatch … slurm/precompute.sbatch --dataset think --ref-store store/think      
 sbatch … --dependency=afterok:101 slurm/train.sbatch --ref-store store/think                  -> 102
 """
 
+import os
+import re
 import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from store.command import VARIABLE, again
 from store.errors import InputError, RefdpoError
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The jobs run here, whatever folder they are submitted from."""
+"""The jobs start here, where the scripts find each other; they then work in the folder they were submitted from."""
 
 PRECOMPUTE, TRAIN = "slurm/precompute.sbatch", "slurm/train.sbatch"
 LOGS = "logs"
 
+KIND_AND_NUMBER = re.compile(r"(?:[\w.-]+:)?\d+(?:,[\w.-]+:\d+)*")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Submission:
-    """What to run, and on what. Resources are per node."""
+class Resources:
+    """What one phase asks for; GPUs, CPUs and memory are per node."""
 
-    dataset: str
-    ref_store: Path
-    precompute_args: tuple[str, ...] = ()
-    """Further options of `cli.py precompute`."""
-    train_args: tuple[str, ...] = ()
-    """Further options of `cli.py train`."""
-    array: int | None = None
-    """Phase 1 as an array of so many independent jobs instead of one; each has the resources below."""
-    precompute_nodes: int = 1
-    train_nodes: int = 1
-    gpus: int = 4
+    nodes: int = 1
+    gpus: str = "4"
+    """A number, or kinds with their numbers, as sbatch writes them: 4, h100:4, a100:2,h100:2."""
     cpus: int = 32
     mem: str = "500G"
     time: str = "24:00:00"
@@ -40,40 +37,60 @@ class Submission:
     account: str | None = None
     qos: str | None = None
     sbatch_args: tuple[str, ...] = ()
-    """Further options of sbatch, for both jobs."""
+    """Further options of sbatch; they come last and win."""
 
     def __post_init__(self):
-        if self.cpus < max(1, self.gpus):
-            raise InputError("fewer CPUs than GPUs", where=f"--cpus {self.cpus}", expected=f"at least {max(1, self.gpus)}")
+        if not KIND_AND_NUMBER.fullmatch(self.gpus):
+            raise InputError("no number of GPUs", where=f"--gpus {self.gpus}", expected="4, or with the kind: h100:4")
+        if self.cpus < max(1, self.num_gpus):
+            raise InputError("fewer CPUs than GPUs", where=f"--cpus {self.cpus}", expected=f"at least {max(1, self.num_gpus)}")
+
+    @property
+    def num_gpus(self) -> int:
+        """Per node, of whatever kind."""
+        return sum(int(part.rpartition(":")[2]) for part in self.gpus.split(","))
+
+    def options(self) -> list[str]:
+        """One task per node for sbatch; the scripts start a worker or rank for each of the node's GPUs."""
+        named = {"partition": self.partition, "account": self.account, "qos": self.qos}
+        return [
+            f"--nodes={self.nodes}",
+            "--ntasks-per-node=1",
+            f"--cpus-per-task={self.cpus}",
+            f"--gpus-per-node={self.gpus}",
+            f"--mem={self.mem}",
+            f"--time={self.time}",
+            *(f"--{name}={value}" for name, value in named.items() if value is not None),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What to run, where, and on what. Options are those of `cli.py precompute` and `cli.py train`; paths are seen from `folder`."""
+
+    folder: Path
+    precompute_options: tuple[str, ...]
+    train_options: tuple[str, ...]
+    precompute: Resources
+    train: Resources
+    array: int | None = None
+    """Phase 1 as an array of so many independent jobs instead of one; each has the resources of `precompute`."""
 
     def precompute_command(self) -> list[str]:
-        """sbatch for phase 1: a worker per GPU, or one per node without GPUs."""
-        workers = max(1, self.gpus)
+        """sbatch for phase 1."""
         array = [] if self.array is None else [f"--array=0-{self.array - 1}"]
-        layout = [f"--nodes={self.precompute_nodes}", f"--ntasks-per-node={workers}", f"--cpus-per-task={self.cpus // workers}"]
-        options = ["--dataset", self.dataset, "--ref-store", str(self.ref_store), *self.precompute_args]
-        return ["sbatch", "--parsable", *array, *layout, *self._resources(), PRECOMPUTE, *options]
+        return self._sbatch(array, self.precompute, PRECOMPUTE, self.precompute_options)
 
     def train_command(self, after: str) -> list[str]:
         """sbatch for phase 2, once the job `after` ended well. Should that fail, this job is cancelled instead of waiting for ever."""
         chain = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-        layout = [f"--nodes={self.train_nodes}", "--ntasks-per-node=1", f"--cpus-per-task={self.cpus}"]
-        return [
-            "sbatch",
-            "--parsable",
-            *chain,
-            *layout,
-            *self._resources(),
-            TRAIN,
-            "--ref-store",
-            str(self.ref_store),
-            *self.train_args,
-        ]
+        return self._sbatch(chain, self.train, TRAIN, self.train_options)
 
-    def _resources(self) -> list[str]:
-        named = {"partition": self.partition, "account": self.account, "qos": self.qos}
-        options = [f"--gpus-per-node={self.gpus}", f"--mem={self.mem}", f"--time={self.time}", f"--chdir={ROOT}"]
-        return [*options, *(f"--{name}={value}" for name, value in named.items() if value is not None), *self.sbatch_args]
+    def _sbatch(self, first: list[str], resources: Resources, script: str, options: tuple[str, ...]) -> list[str]:
+        logs = str(self.folder / LOGS).replace("%", "%%")
+        places = [f"--chdir={ROOT}", f"--output={logs}/%x-%j.out"]
+        script = str(ROOT / script)
+        return ["sbatch", "--parsable", *first, *resources.options(), *places, *resources.sbatch_args, script, *options]
 
 
 def dry_run(submission: Submission) -> str:
@@ -90,19 +107,21 @@ def dry_run(submission: Submission) -> str:
 
 def submit(submission: Submission) -> tuple[str, str]:
     """Submit both jobs; return their ids. InputError where there is no Slurm, RefdpoError with sbatch's own words where it refuses."""
-    (ROOT / LOGS).mkdir(exist_ok=True)  # Slurm does not make it, and a job without its log fails without a word
-    first = _sbatch(submission.precompute_command())
+    # Slurm does not make it, and a job without its log fails without a word.
+    (submission.folder / LOGS).mkdir(exist_ok=True)
+    first = _sbatch(submission.precompute_command(), submission.folder)
     try:
-        return first, _sbatch(submission.train_command(first))
+        return first, _sbatch(submission.train_command(first), submission.folder)
     except RefdpoError as error:
         raise RefdpoError(
             f"phase 2 was not submitted: {error.what}", next=f"Phase 1 is job {first}: scancel {first} takes it back."
         ) from error
 
 
-def _sbatch(command: list[str]) -> str:
+def _sbatch(command: list[str], folder: Path) -> str:
+    environ = os.environ | {VARIABLE: again()}  # what the jobs' own messages tell to type again
     try:
-        done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, cwd=folder, env=environ, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise InputError(
             "no sbatch here", where="submit", next="Run it on a Slurm login node; --dry-run shows what would be run."

@@ -133,5 +133,8 @@ def _srun() -> list[str]:
         "gpus-per-node": "SLURM_GPUS_PER_NODE",
         "gpus-per-task": "SLURM_GPUS_PER_TASK",
         "gpus": "SLURM_GPUS",
+        "mem": "SLURM_MEM_PER_NODE",
     }
+    if not any(os.environ.get(f"SLURM_{name}") for name in ("GPUS_PER_NODE", "GPUS_PER_TASK", "GPUS")):
+        options["gpus-per-node"] = "SLURM_GPUS_ON_NODE"  # what srun was asked for is not always told
     return ["srun", *(f"--{option}={os.environ[name]}" for option, name in options.items() if os.environ.get(name))]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 
-NODES = ("n1", "n2")
+NODES = {"n1": "red", "n2": "blue"}
+"""Each with its kind of GPU."""
 GPUS = 4
 
 SLURM_CONF = """
@@ -57,6 +58,7 @@ ReturnToService=2
 JobRequeue=1
 {nodes}
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=60 State=UP
+PartitionName=other Nodes=n[1-2] MaxTime=60 State=UP
 """
 
 
@@ -144,11 +146,11 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     node_lines, gres_lines = [], []
     for node, port in zip(NODES, ports[1:], strict=True):
         node_lines.append(
-            f"NodeName={node} NodeHostname={hostname} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=1000000 Gres=gpu:{GPUS} State=UNKNOWN"
+            f"NodeName={node} NodeHostname={hostname} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=1000000 Gres=gpu:{NODES[node]}:{GPUS} State=UNKNOWN"
         )
         for gpu in range(GPUS):
             (folder / f"{node}-gpu{gpu}").touch()
-            gres_lines.append(f"NodeName={node} Name=gpu File={folder}/{node}-gpu{gpu}")
+            gres_lines.append(f"NodeName={node} Name=gpu Type={NODES[node]} File={folder}/{node}-gpu{gpu}")
     conf = folder / "slurm.conf"
     conf.write_text(SLURM_CONF.format(host=hostname, folder=folder, controller_port=ports[0], nodes="\n".join(node_lines)))
     (folder / "gres.conf").write_text("\n".join(gres_lines) + "\n")
@@ -168,7 +170,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         _wait_for(lambda: (folder / "munge.socket").exists(), slurm)
         daemons.append(_start(folder, env, "slurmctld", "-D", "-f", str(conf)))
         daemons += [_start(folder, env, "slurmd", "-D", "-f", str(conf), "-N", node) for node in NODES]
-        _wait_for(lambda: slurm.run("sinfo", "-h", "-o", "%T %D", check=False) == f"idle {len(NODES)}", slurm)
+        _wait_for(lambda: slurm.run("sinfo", "-h", "--partition=all", "-o", "%T %D", check=False) == f"idle {len(NODES)}", slurm)
         yield slurm
     finally:
         slurm.run("scancel", "--full", "--signal=KILL", "--state=RUNNING", "--user=root", check=False)

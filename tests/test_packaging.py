@@ -1,6 +1,7 @@
 """pyproject.toml names every package, module and data file that the code needs: an installed refdpo is a whole one."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -33,3 +34,15 @@ def test_constraints_pin_every_requirement_above_its_lower_bound():
     for requirement in wanted:
         name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
         assert pins[name] >= version(bound), requirement
+
+
+def test_make_installs_the_pinned_versions_with_pip_or_uv(tmp_path):
+    def commands(*words: str) -> str:
+        make = ["make", "-n", f"VENV={tmp_path}/venv", f"{tmp_path}/venv", *words]
+        return subprocess.run(make, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+
+    pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    with_pip, with_uv = commands(), commands("UV=1", "TORCH=torch==2.11.*")
+    pip, uv = f"pip install --disable-pip-version-check -c {tmp_path}/venv/constraints.txt", "uv pip install --python"
+    assert with_pip.count(pip) == 2 and f"'{pinned}'" in with_pip and "uv " not in with_pip
+    assert with_uv.count(uv) == 2 and with_uv.count("'torch==2.11.*'") == 2 and pip not in with_uv and pinned not in with_uv

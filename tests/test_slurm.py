@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -82,6 +83,55 @@ def submit(
     out = slurm.run(*argv, cwd=ROOT, env={"PYTHON": sys.executable})
     first, second = re.search(r"phase 1 is job (\d+), phase 2 is job (\d+)", out).groups()
     return first, second
+
+
+SAY = "from store.command import again; print(again('--resume'))"
+
+
+def test_under_srun_the_command_is_that_of_srun(slurm, tmp_path):
+    """What every task prints, typed again in the same folder, prints itself."""
+    (tmp_path / "cli.py").write_text(SAY)
+    typed = ["srun", "--nodes=2", "--ntasks=3", "--gpus-per-node=2", sys.executable, "cli.py", "train", "--ref-store", "a store"]
+    environ = {"PYTHONPATH": str(ROOT)}
+    printed = set(slurm.run(*typed, cwd=tmp_path, env=environ).splitlines())
+    assert len(printed) == 1
+    words = shlex.split(printed.pop())
+    assert words[0] == "srun" and {*typed[1:4]} <= {*words} and words[words.index(sys.executable) :] == [*typed[4:], "--resume"]
+    assert {*slurm.run(*words, cwd=tmp_path, env=environ).splitlines()} == {shlex.join(words)}
+
+
+def test_submitted_from_another_folder_with_resources_for_each_phase(slurm, model, tmp_path):
+    """Relative paths, another kind and number of GPUs, queue and limit for each phase; the store remembers what was typed."""
+    (tmp_path / "rows.jsonl").write_text((ROOT / "demo/pairs.jsonl").read_text())
+    typed = [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "submit",
+        "--dataset",
+        "rows.jsonl",
+        "--cpus",
+        "4",
+        "--mem",
+        "1G",
+        "--time",
+        "30",
+    ]
+    typed += ["--precompute-gpus", "red:2", "--train-gpus", "blue:1", "--train-time", "25", "--train-partition", "other"]
+    typed += ["--precompute-args", f"--model {model} --max-length 512 --dtype float32 --limit 24 --shard-size 4"]
+    typed += ["--train-args", "--max-steps 2 --effective-batch-size 4 --output-dir out"]
+    out = slurm.run(*typed, cwd=tmp_path, env={"PYTHON": sys.executable})
+    first, second = re.search(r"phase 1 is job (\d+), phase 2 is job (\d+)", out).groups()
+    of_first, of_second = slurm.jobs(first)[first], slurm.jobs(second)[second]
+    assert (of_first["Partition"], of_first["TimeLimit"]) == ("all", "00:30:00")
+    assert (of_second["Partition"], of_second["TimeLimit"]) == ("other", "00:25:00")
+    assert slurm.wait(first, DONE, timeout=300) == {first: "COMPLETED"}, logged(tmp_path / "logs")
+    assert slurm.wait(second, DONE, timeout=400) == {second: "COMPLETED"}, logged(tmp_path / "logs")
+    assert (slurm.jobs(first)[first]["NodeList"], slurm.jobs(second)[second]["NodeList"]) == ("n1", "n2")
+    manifest = open_store(tmp_path / "store" / "rows", check="sha256").manifest
+    assert manifest.identity.num_rows == 24 and manifest.command.words == tuple(typed) and manifest.command.folder == str(tmp_path)
+    assert "pairs · " in logged(tmp_path / "logs") and "by 2 workers" in logged(tmp_path / "logs")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "finished" and record["world_size"] == 1 and record["result"]["num_steps"] == 2
 
 
 def shard_bytes(store: Path) -> dict[str, str]:
@@ -163,7 +213,10 @@ def test_a_warned_phase_1_is_requeued_and_goes_on(slurm, model, reference, tmp_p
     wait_until(lambda: list(store.glob("*.parquet")), logs)
     slurm.run("scancel", "--batch", "--signal=USR1", first)
     wait_until(lambda: "requeueing" in logged(logs) or slurm.states(first)[first] == "COMPLETED", logs)
-    assert "stopped by SIGUSR1" in logged(logs) and not (store / "_manifest.json").exists(), logged(logs)
+    assert re.search(r"stopped by SIGUSR1.* to go on: \S*python cli.py submit --dataset demo --ref-store ", logged(logs)), logged(
+        logs
+    )
+    assert not (store / "_manifest.json").exists(), logged(logs)
     assert slurm.wait(first, DONE, timeout=300) == {first: "COMPLETED"}, logged(logs)
     assert slurm.jobs(first)[first]["Restarts"] == "1"
     assert "rows are done, going on" in logged(logs)
@@ -192,8 +245,10 @@ def test_a_warned_training_is_requeued_and_resumes_to_the_same_losses(slurm, cha
     assert 1 <= stopped_at < STEPS
     assert f"resuming from {tmp_path}/run/checkpoint-{stopped_at}" in logged(logs)
     assert losses(tmp_path / "run") == losses(chained / "run")
-    # Once more, as after a crash of the controller: nothing to do, and said so.
-    job = slurm.run("sbatch", "--parsable", *options, ROOT / "slurm/train.sbatch", *arguments, env={"PYTHON": sys.executable})
+    # Once more, with the command that was printed, as after a crash of the controller: nothing to do, and said so.
+    again = shlex.split(re.search(r"stopped by SIGUSR1.* to go on: (.*)$", logged(logs), re.MULTILINE)[1])
+    assert {"--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2", "slurm/train.sbatch", *map(str, arguments)} <= {*again}
+    job = slurm.run("sbatch", "--parsable", f"--output={logs}/%x-%j.out", *again[1:], cwd=ROOT, env={"PYTHON": sys.executable})
     assert slurm.wait(job, DONE, timeout=400) == {job: "COMPLETED"}, logged(logs)
     assert "trained already, nothing to do" in logged(logs)
 
