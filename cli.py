@@ -178,8 +178,19 @@ ref_store_option = click.option(
     required=True,
     help="Folder of the store, such as store/think, or a URL (s3://, hf://datasets/, file://).",
 )
+
+
+class LocalStorePath(click.Path):
+    """The folder of a store on this machine."""
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, str) and "://" in value:
+            raise InputError("must be a folder of this machine", where=f"{param.opts[0]} {value}", next="pull copies a store here.")
+        return super().convert(value, param, ctx)
+
+
 local_store_option = click.option(
-    "--ref-store", type=click.Path(path_type=Path), required=True, help="Folder of the store, such as store/think."
+    "--ref-store", type=LocalStorePath(path_type=Path), required=True, help="Folder of the store, such as store/think."
 )
 
 

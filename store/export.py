@@ -68,6 +68,8 @@ def export(
     """
     _check_options(format, loss_type, metadata, accept_other_tokens)
     store = open_store(path, check="sha256")
+    if not store.num_pairs:
+        raise InputError("there is no pair to export", where=path)
     if output.exists():
         raise InputError("exists already", where=f"--output {output}", next="Choose another --output, or remove it yourself.")
     staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")

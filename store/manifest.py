@@ -187,7 +187,12 @@ class Manifest(Totals):
         data = record.read(path)
         value = record.parse(data, path)
         if not isinstance(value, dict) or "format_version" not in value:
-            raise StoreError("not a manifest of refdpo", where=path, expected="an object with format_version")
+            raise StoreError(
+                "not a manifest of refdpo",
+                where=path,
+                expected="an object with format_version",
+                next="Restore the file, or delete it and run precompute again to seal the shards.",
+            )
         if value.pop("format_version") != FORMAT_VERSION:
             found = json.loads(data)["format_version"]
             raise StoreError(

@@ -222,7 +222,12 @@ def _remote_manifest(files, root: str, url: str) -> Manifest:
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / MANIFEST
         note.write_bytes(data)
-        return Manifest.load(note)
+        try:
+            return Manifest.load(note)
+        except StoreError as error:  # which names the temporary file
+            raise StoreError(
+                f"its manifest: {error.what}", where=url, next="Copy it there again from where it was made."
+            ) from error
 
 
 def _refuse_other(files, root: str, url: str, identity: Identity) -> None:
@@ -246,7 +251,10 @@ def _pull_shard(files, root: str, shard: ShardFile, path: Path) -> None:
         )
     staged = disk.staging_path(path, shard.name, "tmp")
     try:
-        files.get_file(f"{root}/{shard.name}", str(staged))
+        try:
+            files.get_file(f"{root}/{shard.name}", str(staged))
+        except FileNotFoundError as error:
+            raise StoreError("the source lacks a shard", where=f"{root}/{shard.name}", next="Push it there again.") from error
         if staged.stat().st_size != shard.size or sha256_of(staged) != shard.sha256:
             raise StoreError(
                 "arrived altered: its sha256 is not the manifest's",

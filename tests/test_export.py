@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import store_samples
 import tiny
 import torch
 from click.testing import CliRunner
@@ -212,6 +213,11 @@ def test_refusals_leave_nothing_behind(world, tmp_path):
     for (format_,), options, message in bad:
         with pytest.raises(InputError, match=message):
             export(store, format_, tmp_path / "out", **options)
+    store_samples.make_store(tmp_path / "empty", num_rows=2, unscorable=(0, 1))
+    for format_ in ("jsonl", "trl"):
+        with pytest.raises(InputError, match="no pair to export"):
+            export(tmp_path / "empty", format_, tmp_path / "out")
+    shutil.rmtree(tmp_path / "empty")
     (tmp_path / "taken").mkdir()
     with pytest.raises(InputError, match="exists already"):
         export(store, "jsonl", tmp_path / "taken")

@@ -79,6 +79,16 @@ def test_altered_shard_is_not_accepted(store, tmp_path):
     assert files(tmp_path / "there")[shard.name] == files(store)[shard.name]
 
 
+def test_a_broken_source_is_named_as_it_was_given(store, tmp_path):
+    push(store, f"file://{tmp_path}/there")
+    (tmp_path / "there" / "part-00002.parquet").unlink()
+    with pytest.raises(StoreError, match=r"there/part-00002.parquet: the source lacks a shard"):
+        pull(f"file://{tmp_path}/there", tmp_path / "back")
+    (tmp_path / "there" / "_manifest.json").write_text("{}")
+    with pytest.raises(StoreError, match=rf"^file://{tmp_path}/there: its manifest: not a manifest of refdpo"):
+        pull(f"file://{tmp_path}/there", tmp_path / "back")
+
+
 def test_other_stores_and_folders_are_left_alone(store, tmp_path):
     store_samples.make_store(tmp_path / "other", num_rows=20, shard_size=4, dtype="bfloat16")
     push(tmp_path / "other", f"file://{tmp_path}/there")
@@ -118,6 +128,7 @@ def test_commands_read_a_url_through_a_checked_copy(store, tmp_path, monkeypatch
         (["inspect", "--ref-store", "memory://bucket/none"], "no sealed store"),
         (["push", "--ref-store", str(tmp_path / "none"), "a/b"], "no such folder"),
         (["pull", "think", "--ref-store", str(tmp_path / "x")], "neither a URL nor a repository"),
+        (["push", "--ref-store", "memory://bucket/think", "a/b"], "must be a folder of this machine"),
         (["precompute", "--dataset", "think", "--ref-store", "s3://bucket/think"], "written in a local folder"),
     ):
         result = CliRunner().invoke(cli.main, bad)
