@@ -521,7 +521,11 @@ def _analyze_config(dataset: str, model: str | None, **given):
 @click.option("--report-to", multiple=True, type=click.Choice(["wandb", "tensorboard", "none"]), help="[default: none]")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output-dir; what is finished stays as it is.")
 @click.option("--resume-or-start", is_flag=True, help="--resume if there is a checkpoint, else start: for jobs that are requeued.")
-@click.option("--push-to-hub", is_flag=True)
+@click.option(
+    "--push-to-hub",
+    is_flag=True,
+    help="Copy the trained model to the Hub, which is reached first; with --resume, a finished one alone.",
+)
 @click.option("--hub-model-id", help="Repository for --push-to-hub.")
 @click.option("--num-processes", type=click.IntRange(min=1), help="Local ranks.  [default: one per GPU; 2 without a GPU]")
 @click.option(
@@ -549,7 +553,7 @@ def train_cmd(**options) -> None:
 
         refuse_other_course(config)
         if process is None or process.rank == 0:
-            click.echo(f"{config.output_dir}: trained already, nothing to do")
+            _end_finished(config)
         return
     if resume_or_start:
         config = replace(config, resume=last_checkpoint(config.output_dir) is not None)
@@ -559,6 +563,10 @@ def train_cmd(**options) -> None:
         # What can be refused here need not cost the start of every rank.
         num_processes = launch.num_local_processes(num_processes, default_without_gpu=2)
         refuse_folder(config, plan(config, num_processes))
+        if config.push_to_hub:
+            from train import hub
+
+            hub.reach(config.hub_model_id)
         code = launch.run_torchrun(num_processes)
         # Told to stop at the very end, the ranks may have finished all the same.
         sys.exit(0 if code == Stopped.exit_code and record.finished(config.output_dir) is not None else code)
@@ -566,6 +574,15 @@ def train_cmd(**options) -> None:
         from train.run import train
 
         train(config, stop)
+
+
+def _end_finished(config) -> None:
+    """What is left to do for a run that is finished: at most its copy on the Hub."""
+    from train import hub, record
+
+    if not config.push_to_hub or hub.is_sent(record.finished(config.output_dir), config.hub_model_id):
+        return click.echo(f"{config.output_dir}: trained already, nothing to do")
+    click.echo(f"{config.output_dir}: trained already; pushed to {hub.send(config.output_dir, config.hub_model_id)}")
 
 
 def _train_config(ref_store: Path, preset=None, **given):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stop import Stopped
 from store import record
-from store.command import again
+from store.command import again, typed
 from store.errors import InputError
 from store.manifest import Identity, causes
 from train.checkpoint import COMPLETE, cut_short, last_checkpoint, state_of
@@ -136,7 +136,7 @@ def refuse_other_run(folder: Path) -> None:
 
 def resuming() -> tuple[str, ...]:
     """What the command that runs now lacks to go on from its checkpoint when it is typed again."""
-    return () if {"--resume", "--resume-or-start"} & set(sys.argv) else ("--resume",)
+    return () if {"--resume", "--resume-or-start"} & set(typed()) else ("--resume",)
 
 
 def checkpoint_of(config: TrainConfig) -> Path | None:

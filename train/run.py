@@ -4,7 +4,7 @@
 2. policy     the store's own model unless another is named; in the store's dtype
 3. gate       policy = reference?                       train/gate.py
 4. train      TRL's DPO under DeepSpeed, no reference    train/trainer.py
-5. save       output_dir: model, tokenizer, run.json     run.json is written first as well, so that --resume knows what it continues
+5. save       output_dir: model, tokenizer, README.md, run.json     run.json is written first as well, for --resume; then the Hub: train/hub.py
 """
 
 import json
@@ -34,7 +34,7 @@ from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
 from store.errors import InputError
 from store.select import Selection
-from train import gate, record
+from train import card, gate, hub, record
 from train.balance import Shape, shuffled
 from train.checkpoint import remove_cut_short, state_of
 from train.config import TrainConfig
@@ -73,6 +73,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     planned = plan(config, process.world, check="sha256" if first else "none")
     if first:
         refuse_folder(config, planned)
+        if config.push_to_hub:
+            hub.reach(config.hub_model_id)
     store, policy, checkpoint, course = planned.store, planned.policy, planned.checkpoint, planned.course
     pairs = dataset_of(store, planned.max_length, config.ld_alpha, planned.train)
     eval_pairs = None
@@ -180,10 +182,11 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
                 "gate": str(report),
                 "log_history": trainer.state.log_history,
             }
+            card.write(config.output_dir, course | done, config.hub_model_id)
             record.write(config.output_dir, course | done)
-    if config.push_to_hub:
-        trainer.push_to_hub()
     say(summary(result, config))
+    if first and config.push_to_hub:
+        say(f"pushed to {hub.send(config.output_dir, config.hub_model_id)}")
     return result
 
 
@@ -312,9 +315,6 @@ def dpo_config(
         save_strategy=config.save_strategy,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
-        push_to_hub=config.push_to_hub,
-        hub_model_id=config.hub_model_id,
-        hub_strategy="end",
         **evaluation,
     )
 

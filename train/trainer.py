@@ -159,6 +159,9 @@ class StoreDPOTrainer(DPOTrainer):
             logs |= self.speed.recent_report()
         super().log(logs, start_time)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's, written at each checkpoint, knows no model that is a folder; train/card.py writes one at the end."""
+
     def _send_telemetry(self) -> None:
         pass
 
