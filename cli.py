@@ -194,13 +194,43 @@ local_store_option = click.option(
 )
 
 
+DATASET_OPTIONS = (
+    click.option("--dataset-config", help="Configuration of a dataset that has several."),
+    click.option("--dataset-revision", help="Revision of the dataset on the hub."),
+    click.option("--split", help="Split of the dataset, or a part of one such as 'train[:1000]'.  [default: train]"),
+    click.option("--limit", type=click.IntRange(min=1), help="Only the first so many rows."),
+    click.option("--prompt-column", help="Column that holds the prompt.  [default: prompt, if there is one]"),
+    click.option("--chosen-column", help="Column of the better answer.  [default: chosen]"),
+    click.option("--rejected-column", help="Column of the worse answer.  [default: rejected]"),
+    click.option("--system-column", help="Column whose text becomes the first turn; texts then become turns too."),
+    click.option("--as-conversation", is_flag=True, help="Plain texts become turns: user (prompt) and assistant (answers)."),
+    click.option("--ignore-column", multiple=True, help="A column that looks like part of the prompt and is not; repeatable."),
+)
+"""How the rows of a dataset are found and read: docs/data.md."""
+
+
+def _column_options(given: dict):
+    """Take the options about columns out of `given`."""
+    from precompute.columns import ColumnOptions
+
+    names = {name: given.pop(f"{name}_column") for name in ("prompt", "chosen", "rejected", "system")}
+    return ColumnOptions(**names, as_conversation=given.pop("as_conversation"), ignore=given.pop("ignore_column"))
+
+
+def dataset_options(command):
+    """DATASET_OPTIONS as a decorator."""
+    for option in reversed(DATASET_OPTIONS):
+        command = option(command)
+    return command
+
+
 def identity_options(command):
     """What a store is made of: the options of `precompute` and `import` that decide its identity, and where it is written."""
     options = (
         click.option(
             "--dataset",
             required=True,
-            help="think | instruct | demo, a hub id, a Parquet/JSONL file, or a folder (save_to_disk or files).",
+            help="think | instruct | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md.",
         ),
         click.option("--model", help="Reference model: folder or hub id. Default: the preset's."),
         click.option("--revision", help="Revision of the model on the hub (and of its tokenizer)."),
@@ -210,9 +240,12 @@ def identity_options(command):
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
             help="File that replaces the tokenizer's chat template.",
         ),
-        click.option("--split", help="Split of the dataset. Default: train."),
-        click.option("--dataset-revision", help="Revision of the dataset on the hub."),
-        click.option("--limit", type=click.IntRange(min=1), help="Only the first so many rows."),
+        click.option(
+            "--template-date",
+            type=click.DateTime(["%Y-%m-%d"]),
+            help="The day, for a chat template that writes today's date.",
+        ),
+        *DATASET_OPTIONS,
         click.option(
             "--max-length",
             type=click.IntRange(min=2),
@@ -288,6 +321,9 @@ def _precompute_config(dataset: str, **given):
         make_demo_model(Path(preset.model))
     from precompute.worker import PrecomputeConfig
 
+    if options["template_date"] is not None:
+        options["template_date"] = options["template_date"].date().isoformat()
+    options["columns"] = _column_options(options)
     return PrecomputeConfig(preset=preset.name if preset else None, **options)
 
 
@@ -371,10 +407,8 @@ def _first_of_train(ref_store: Path, chat_template: Path | str | None, layout: s
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="File that replaces the tokenizer's chat template.",
 )
-@click.option("--split", help="Split of the dataset. Default: train.")
-@click.option("--dataset-revision", help="Revision of the dataset on the hub.")
+@dataset_options
 @click.option("--max-length", type=click.IntRange(min=2), multiple=True, help="Ask about this one too; may be given several times.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many rows.")
 @click.option("--sample", type=click.IntRange(min=1), help="Only so many rows, evenly spaced over the dataset.")
 @click.option(
     "--tokens-per-second",
@@ -461,6 +495,7 @@ def _analyze_config(dataset: str, model: str | None, **given):
 
     from precompute.analyze import MAX_LENGTHS, AnalyzeConfig
 
+    given["columns"] = _column_options(given)
     max_lengths = {*MAX_LENGTHS, *given.pop("max_length"), *([preset.max_length] if preset else [])}
     return AnalyzeConfig(
         name=dataset, dataset=preset.dataset if preset else dataset, max_lengths=tuple(sorted(max_lengths)), **given

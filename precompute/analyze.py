@@ -13,14 +13,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from precompute.dataset import column_kinds, load_rows
+from precompute.clock import Clock
+from precompute.columns import ColumnOptions
+from precompute.dataset import load_rows
 from precompute.model import load_tokenizer
 from precompute.packing import common_prefix, plan
 from precompute.pairs import TokenizedRows, tokenize_rows
@@ -63,6 +66,8 @@ class AnalyzeConfig:
     tokens_per_batch: int
     num_workers: int | None
     """Processes; None: one per core, as far as the rows keep them busy."""
+    dataset_config: str | None = None
+    columns: ColumnOptions = field(default_factory=ColumnOptions)
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,16 @@ def analyze(config: AnalyzeConfig, progress: Callable[[int, int], None] | None =
     Raises InputError for a dataset or tokenizer that cannot be read, and when not one row can be tokenized. Single malformed rows
     are listed.
     """
-    rows = load_rows(config.dataset, split=config.split, revision=config.dataset_revision, limit=config.limit)
-    column_kinds(rows)
+    rows = load_rows(
+        config.dataset,
+        split=config.split,
+        config=config.dataset_config,
+        revision=config.dataset_revision,
+        limit=config.limit,
+        options=config.columns,
+    )
     tokenizer = load_tokenizer(config.tokenizer, revision=config.revision, chat_template=config.chat_template)
+    Clock(tokenizer, date.today().isoformat())  # any day will do: one date is as long as another
     indices = _sampled(len(rows), config.sample)
     blocks = [indices[start : start + ROWS_PER_BLOCK] for start in range(0, len(indices), ROWS_PER_BLOCK)]
     measured = []

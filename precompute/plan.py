@@ -12,12 +12,12 @@ Dealing keeps hundreds of workers from asking for the same shard at the same mom
 
 from collections.abc import Collection
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from precompute.dataset import ROWS_AT_A_TIME
+from precompute.dataset import ROWS_AT_A_TIME, Rows
+from precompute.reading import JSON_SUFFIX
 
 BYTES_PER_TOKEN = 4
 """Of a text, roughly. Only where max_length cuts depends on it."""
@@ -35,11 +35,11 @@ def default_shard_size(num_rows: int) -> int:
     return min(MOST_ROWS, max(FEWEST_ROWS, -(-num_rows // SHARDS)))
 
 
-def shard_costs(rows: datasets.Dataset, shard_size: int, max_length: int) -> np.ndarray:
+def shard_costs(rows: Rows, shard_size: int, max_length: int) -> np.ndarray:
     """Estimated cost of each shard, float64 [shards], in bytes of text. One pass over lengths; no text is read."""
     costs = np.zeros(-(-len(rows) // shard_size))
     first_row = 0
-    for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_A_TIME):
+    for table in rows.tables(ROWS_AT_A_TIME):
         np.add.at(costs, np.arange(first_row, first_row + len(table)) // shard_size, row_costs(table, max_length))
         first_row += len(table)
     return costs
@@ -49,8 +49,8 @@ def row_costs(table: pa.Table, max_length: int) -> np.ndarray:
     """Estimated cost of each row, float64 [rows]: the text of the prompt and of both sides, each up to where max_length cuts it."""
     return sum(
         np.minimum(np.concatenate([_text_bytes(chunk) for chunk in table[name].chunks]), BYTES_PER_TOKEN * max_length)
-        for name in ("prompt", "chosen", "rejected")
-        if name in table.column_names
+        for name in table.column_names
+        if name.removesuffix(JSON_SUFFIX) in ("prompt", "chosen", "rejected")
     )
 
 
@@ -58,6 +58,8 @@ def _text_bytes(values: pa.Array) -> np.ndarray:
     """Bytes of text in each value: a string, or a list of turns with all their strings. float64 [values]."""
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         return pc.fill_null(pc.binary_length(values), 0).to_numpy(zero_copy_only=False).astype(np.float64)
+    if isinstance(values.type, pa.BaseExtensionType):
+        return _text_bytes(values.storage)
     if pa.types.is_struct(values.type):
         return sum((_text_bytes(child) for child in values.flatten()), np.zeros(len(values)))
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):

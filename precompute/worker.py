@@ -6,14 +6,16 @@ Any number of workers may run this on the same store, at the same time or one af
 nobody holds (plan.py), and whoever completes the set seals it.
 """
 
+import contextlib
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 import numpy as np
@@ -26,8 +28,10 @@ from launch import Process, place_among_all
 from precompute import kernels
 from precompute.attention import refuse_without_kernels
 from precompute.budget import largest_budget
+from precompute.clock import Clock
+from precompute.columns import ColumnOptions
 from precompute.cpu import give_back_freed_memory, keep_freed_memory
-from precompute.dataset import check_and_fingerprint, load_rows
+from precompute.dataset import Rows, check_and_fingerprint, load_rows
 from precompute.model import (
     chat_template_sha256,
     config_sha256,
@@ -37,7 +41,7 @@ from precompute.model import (
     versions,
     weights_sha256,
 )
-from precompute.pairs import TokenizedRows, tokenize_rows
+from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, Show
 from precompute.scoring import SCORER_VERSION, Layout, score_batches
@@ -55,6 +59,11 @@ from store.shard import part_name, publish_shard
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 """Largest mean |packed - plain| over the self-test's tokens, nats. About 100 times the noise of float32 (1e-5) and twice what SmolLM2 shows
 per token in bfloat16; an architecture that `packed` gets wrong is off by whole nats."""
+
+ROWS_CHECKED_AT_A_TIME = 64
+
+LONG_CHECK_S = 5
+"""After the model is there, until the user is told what is waited for."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """Between two looks at the shards that other workers hold, growing: hundreds of workers may be waiting for the last one."""
@@ -80,6 +89,12 @@ class PrecomputeConfig:
     """Rows per shard; None: precompute/plan.py decides by the number of rows."""
     ref_store: Path
     preset: str | None
+    dataset_config: str | None = None
+    """Configuration of a dataset that has several."""
+    columns: ColumnOptions = field(default_factory=ColumnOptions)
+    """What the dataset's columns are called and mean."""
+    template_date: str | None = None
+    """YYYY-MM-DD, for a chat template that writes the date."""
     # speed: recorded, never compared
     layout: Layout = "packed"
     tokens_per_batch: int | Literal["auto"] = 16384
@@ -167,30 +182,51 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "checkpoint_stamp": stamp,
     }
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
+    held = None
     while not manifest_path(config.ref_store).exists() and (held := claim_sealing(config.ref_store)) is None:
         stop.sleep(FIRST_PAUSE_S)
         if stop.now:
             raise stop.error("all shards are done, another worker is sealing", config.ref_store)
-    return seal(config.ref_store, identity, recorded, config.preset)
+    try:
+        return seal(config.ref_store, identity, recorded, config.preset)
+    finally:
+        if held is not None:  # left behind by an error: the next who seals need not wait for it to expire
+            held.release()
 
 
 def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: str | None = None) -> tuple:
     """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed.
     Where the hash of the weights is known (precompute/sealed.py) the model is None: there is nothing to score."""
-    with ThreadPoolExecutor(2) as background:
+    given_up = Event()
+    with ThreadPoolExecutor(3) as background, _set_at_the_end(given_up):
         needed = where.type == "cpu" and config.layout == "packed" and known_weights is None
         compiled = background.submit(kernels.library) if needed else None  # takes a second where it is the first time
-        rows = load_rows(config.dataset, split=config.split, revision=config.dataset_revision, limit=config.limit)
+        rows = load_rows(
+            config.dataset,
+            split=config.split,
+            config=config.dataset_config,
+            revision=config.dataset_revision,
+            limit=config.limit,
+            options=config.columns,
+        )
         fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads
         tokenizer = load_tokenizer(
             config.tokenizer,
             revision=config.revision if config.tokenizer == config.model else None,
             chat_template=config.chat_template,
         )
+        clock = Clock(tokenizer, config.template_date)
+        checked = None
+        if known_weights is None or clock.may_be_asked:
+            checked = background.submit(_check_every_row, rows, tokenizer, fingerprint, given_up)
         tokenizer_hash = background.submit(tokenizer_sha256, tokenizer)
         model = None
         if known_weights is None:
             model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=where)
+        if checked is not None:
+            if wait([checked], timeout=LONG_CHECK_S).not_done and config.show == "text":
+                print(f"checking all {len(rows):,} rows before any is scored", file=sys.stderr)
+            checked.result()
         shard_size = config.shard_size or default_shard_size(len(rows))
         if len(rows) > MAX_SHARDS * shard_size:
             raise InputError(
@@ -216,12 +252,30 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
             dtype=config.dtype,
             shard_size=shard_size,
             scorer_version=SCORER_VERSION,
+            dataset_config=config.dataset_config,
+            template_date=config.template_date if clock.asked else None,
         )
         if compiled is not None:
             compiled.result()
     if model is not None:
         _check_fits(model, len(tokenizer), config)
     return rows, tokenizer, model, identity
+
+
+def _check_every_row(rows: Rows, tokenizer, fingerprint: Future, given_up: Event) -> None:
+    """InputError for a row that cannot be rendered: found now, not after hours. What the columns say comes first, in fewer words."""
+    fingerprint.result()
+    blocks = (range(first, min(first + ROWS_CHECKED_AT_A_TIME, len(rows))) for first in range(0, len(rows), ROWS_CHECKED_AT_A_TIME))
+    check_rows(tokenizer, (row for block in blocks if not given_up.is_set() for row in rows.select(block).to_list()))
+
+
+@contextlib.contextmanager
+def _set_at_the_end(event: Event) -> Iterator[None]:
+    """So that an error in the foreground need not wait for the background."""
+    try:
+        yield
+    finally:
+        event.set()
 
 
 def self_test(model: PreTrainedModel, dtype: str) -> None:

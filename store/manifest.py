@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Identity:
     shard_size: int
     """Source rows per shard; the last shard has the rest."""
     scorer_version: int
+    # of stores that need them
+    dataset_config: str | None = field(default=None, metadata=record.OPTIONAL)
+    """A name, not compared: the configuration of the dataset, where one was asked for."""
+    template_date: str | None = field(default=None, metadata=record.OPTIONAL)
+    """The day, YYYY-MM-DD, on which a chat template that asks for the date was told to be."""
 
     def __post_init__(self):
         for name in ("num_rows", "max_length", "shard_size"):
@@ -77,7 +82,7 @@ class Identity:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
 
     def to_json(self) -> dict:
-        return asdict(self)
+        return record.plain(self)
 
     @classmethod
     def from_json(cls, value: object, where: object) -> "Identity":
@@ -90,7 +95,7 @@ class Identity:
         return [(name, mine[name], others[name]) for name in mine if name not in NAMES and mine[name] != others[name]]
 
 
-NAMES = frozenset({"model", "revision", "tokenizer", "dataset", "split", "dataset_revision"})
+NAMES = frozenset({"model", "revision", "tokenizer", "dataset", "split", "dataset_revision", "dataset_config"})
 """Fields of Identity that are recorded and shown but never compared."""
 
 
@@ -177,7 +182,7 @@ class Manifest(Totals):
 
     def to_bytes(self) -> bytes:
         """The file's bytes: readable JSON that carries its own checksum."""
-        value = {"format_version": FORMAT_VERSION, **asdict(self)}
+        value = {"format_version": FORMAT_VERSION, **record.plain(self)}
         value["sha256"] = hashlib.sha256(record.canonical(value)).hexdigest()
         return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
@@ -326,6 +331,7 @@ def rerun(identity: Identity, store: Path, command: Command | None = None) -> st
         return line
     options = {
         "--dataset": identity.dataset,
+        "--dataset-config": identity.dataset_config,
         "--dataset-revision": identity.dataset_revision,
         "--split": identity.split,
         "--limit": command and command.limit,
@@ -333,6 +339,7 @@ def rerun(identity: Identity, store: Path, command: Command | None = None) -> st
         "--revision": identity.revision,
         "--tokenizer": identity.tokenizer if identity.tokenizer != identity.model else None,
         "--chat-template": command and command.chat_template,
+        "--template-date": identity.template_date,
         "--max-length": identity.max_length,
         "--dtype": identity.dtype,
         "--shard-size": identity.shard_size,
@@ -357,6 +364,7 @@ _TITLES = {
     "dtype": "dtype",
     "shard_size": "shard size",
     "scorer_version": "version of the scorer",
+    "template_date": "date in the chat template",
 }
 """What is told apart, in the order of the message: fields of Identity, and the options behind them."""
 
@@ -381,6 +389,7 @@ _OPTIONS = {
     "max_length": "--max-length",
     "dtype": "--dtype",
     "shard_size": "--shard-size",
+    "template_date": "--template-date",
 }
 
 assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"limit"}

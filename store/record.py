@@ -12,10 +12,27 @@ from store.errors import StoreError
 
 T = typing.TypeVar("T")
 
+OPTIONAL = {"optional": True}
+"""Metadata of a field that files made before it existed lack: absent means None, and None is not written."""
+
+
+def plain(record: object) -> dict:
+    """A dataclass as JSON objects and lists, without its optional fields that are None."""
+    return _without_absent(record, asdict(record))
+
+
+def _without_absent(record: object, value: object) -> object:
+    if is_dataclass(record):
+        absent = {field.name for field in fields(record) if field.metadata.get("optional") and getattr(record, field.name) is None}
+        return {name: _without_absent(getattr(record, name), item) for name, item in value.items() if name not in absent}
+    if isinstance(record, tuple):
+        return [_without_absent(each, item) for each, item in zip(record, value, strict=True)]
+    return value
+
 
 def canonical(record: object) -> bytes:
     """One dataclass (or plain JSON value) as UTF-8 JSON whose bytes depend on the content alone: sorted keys, no spaces, no NaN."""
-    value = asdict(record) if is_dataclass(record) else record
+    value = plain(record) if is_dataclass(record) else record
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -86,11 +103,16 @@ def _hints(cls: type) -> dict[str, object]:
     return {field.name: hints[field.name] for field in fields(cls)}
 
 
+@functools.cache
+def _optional(cls: type) -> frozenset[str]:
+    return frozenset(field.name for field in fields(cls) if field.metadata.get("optional"))
+
+
 def _convert_record(cls: type, value: object, name: str) -> object:
     if not isinstance(value, dict):
         raise _Misfit(f"{name or 'the whole'} should be an object, is {json.dumps(value)[:80]}")
     hints = _hints(cls)
-    for problem, differing in (("missing", hints.keys() - value.keys()), ("unknown", value.keys() - hints.keys())):
+    for problem, differing in (("missing", hints.keys() - value.keys() - _optional(cls)), ("unknown", value.keys() - hints.keys())):
         if differing:
             raise _Misfit(f"{problem} {', '.join(f'{name}.{d}'.lstrip('.') for d in sorted(differing))}")
     try:

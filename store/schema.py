@@ -54,6 +54,7 @@ COUNTS = {
     "empty_completion": "a completion without text: only the template's or end-of-text tokens are scored",
     "null_content": "a turn whose content is null",
     "turn_not_rendered": "the chat template drops or rewrites a turn",
+    "doubled_end": "plain text that ends with two end-of-text tokens: the tokenizer appends its own to the one that TRL adds",
     "special_token_in_content": "text that contains a special token's spelling is tokenized as that token",
 }
 """What happened to how many rows: shown after precompute and by `inspect`, kept in footers and manifest with one example each."""

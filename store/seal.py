@@ -1,6 +1,7 @@
 """Sealing: when every shard is there, write the manifest, once, last."""
 
 import hashlib
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from store import disk, record
-from store.errors import StoreError
+from store.errors import InputError, StoreError
 from store.folder import missing_shards, stored_command
-from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, check_same, manifest_path, rerun, totals_of
+from store.manifest import (
+    MANIFEST,
+    Identity,
+    Manifest,
+    ShardFile,
+    ShardReport,
+    Totals,
+    check_same,
+    manifest_path,
+    rerun,
+    totals_of,
+)
 from store.shard import Sidecar, in_stretches, part_name, read_footer
 
 
@@ -44,6 +56,18 @@ def unsealed(store: Path, identity: Identity, missing: list[int]) -> StoreError:
     return StoreError(f"{store} is not sealed: {reason}", next=f"Re-run: {rerun(identity, store, stored_command(store))}")
 
 
+def _no_pairs(store: Path, totals: Totals) -> InputError:
+    (reason, count), *_ = Counter(re.sub(r"\d+ tokens", "too many tokens", each.reason) for each in totals.unscorable).most_common(
+        1
+    )
+    return InputError(
+        f"0 pairs of {len(totals.unscorable):,} rows can be scored",
+        where=store,
+        found=f"{count:,} times: {reason}",
+        next="Nothing was sealed. Choose a longer --max-length or mend the dataset, and another --ref-store.",
+    )
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -57,8 +81,11 @@ def _write_manifest(store: Path, identity: Identity, provenance: dict[str, Any],
         return [_describe(path, identity, sidecars.get(path.name, [])) for path in stretch]
 
     described = list(chain.from_iterable(in_stretches(describe, paths)))
+    totals = totals_of([report for report, _, _ in described])
+    if not totals.num_pairs:
+        raise _no_pairs(store, totals)
     manifest = Manifest(
-        **vars(totals_of([report for report, _, _ in described])),
+        **vars(totals),
         identity=identity,
         shards=tuple(file for _, file, _ in described),
         preset=preset,

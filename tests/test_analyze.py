@@ -165,8 +165,9 @@ def test_recommendation_says_both_of_its_conditions_and_they_hold(tokenizer, tmp
     )
 
 
-def test_the_next_command_has_what_precompute_must_know_too(dataset, tokenizer, tmp_path):
+def test_the_next_command_has_what_precompute_must_know_too(tokenizer, tmp_path):
     """Every option that both commands have, but those that are answers or speed of this one."""
+    dataset = write(tmp_path / "named.jsonl", [conversation(1, "yes") | {"policy": "Be brief.", "question": "yes?"}] * 6)
     template = tmp_path / "it's.jinja"
     template.write_text(tiny.CHATML)
     values = {
@@ -177,17 +178,24 @@ def test_the_next_command_has_what_precompute_must_know_too(dataset, tokenizer, 
         "split": "train",
         "limit": 5,
         "tokens_per_batch": 100,
+        "system_column": "policy",
+        "ignore_column": "question",
+        **{f"{side}_column": side for side in ("prompt", "chosen", "rejected")},
     }
-    others = {"max_length", "num_workers", "revision", "dataset_revision"}  # the latter two are for the hub alone
+    others = {"max_length", "num_workers", "revision", "dataset_revision", "dataset_config"}  # the latter three are for the hub
+    switch = "--as-conversation"
     both = {option.name for option in cli.main.commands["analyze"].params} & {
         option.name for option in cli.main.commands["precompute"].params
     }
-    assert not (new := both - values.keys() - others), f"give a value to {new} above"
+    assert not (new := both - values.keys() - others - {"as_conversation"}), f"give a value to {new} above"
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    text = CliRunner().invoke(cli.main, ["analyze", *words, "--png", str(tmp_path / "x.png")], catch_exceptions=False).output
+    text = (
+        CliRunner().invoke(cli.main, ["analyze", *words, switch, "--png", str(tmp_path / "x.png")], catch_exceptions=False).output
+    )
     line = next(line for line in text.splitlines() if line.startswith("next: "))
     given = shlex.split(line)[3:]
-    assert given[0] == "precompute"
+    assert given[0] == "precompute" and given.count(switch) == 1
+    given.remove(switch)
     options = dict(zip(given[1::2], given[2::2], strict=True))
     assert options == dict(zip(words[::2], words[1::2], strict=True)) | {"--max-length": "1024", "--dtype": "bfloat16"}
 

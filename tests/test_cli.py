@@ -109,9 +109,15 @@ def test_stores_that_are_none_are_refused(rows, tiny_llama, tmp_path):
     assert (folder / "thesis.txt").read_text() == "precious" and sorted(path.name for path in folder.iterdir()) == ["thesis.txt"]
 
 
-def test_max_length_below_every_prompt_leaves_an_empty_store(rows, tiny_llama, tmp_path):
-    output = run(*options(rows, tiny_llama, tmp_path / "store", **{"max-length": 3}), code=0)
-    assert "0 pairs of 1 rows" in output and "fills max_length 3" in output
+def test_a_store_without_a_pair_is_refused_and_not_sealed(rows, tiny_llama, tmp_path):
+    store = tmp_path / "store"
+    for _ in range(2):  # the second time every shard is there
+        refused(
+            *options(rows, tiny_llama, store, **{"max-length": 3}),
+            code=2,
+            match="0 pairs of 1 rows.*fills max_length 3.*--max-length",
+        )
+    assert not (store / "_manifest.json").exists()
 
 
 def test_unknown_loss_type_is_refused(rows, tiny_llama, tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_samples import make_identity, make_store, memory_folder
 
-from precompute.dataset import check_and_fingerprint, load_rows
+from precompute.dataset import Rows, check_and_fingerprint, load_rows
 from precompute.pairs import tokenize_rows
 from store import record, sql
 from store.errors import RefdpoError
@@ -269,7 +269,7 @@ def _tokenize(tokenizer, rows: list[dict]) -> None:
     columns = sorted({name for row in rows for name in row})
     try:
         table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
-        dataset = datasets.Dataset(table)
+        dataset = Rows(datasets.Dataset(table))
     except (pa.ArrowException, UnicodeEncodeError, ValueError, TypeError):
         return  # no file can hold such rows
     if not survives(check_and_fingerprint, dataset):

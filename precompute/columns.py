@@ -1,0 +1,224 @@
+"""Which columns of a source are scored, what each layout of preference data means, and which columns must not be passed over in silence.
+
+Every source row becomes one of the project's rows: prompt (optional), chosen, rejected, tools, chat_template_kwargs. The layouts that are read
+are listed, each with an example, in docs/data.md.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from precompute.pairs import COLUMNS
+from store.errors import InputError
+
+CONTEXT = ("messages", "conversations")
+"""Columns with the turns before the answers, where a dataset has no prompt column (axolotl's and ShareGPT's way)."""
+
+PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+
+SYSTEMS = ("system", "system_prompt", "system_message")
+
+PROMPTS = (
+    "question",
+    "instruction",
+    "input",
+    "query",
+    "problem",
+    "user",
+    "user_prompt",
+    "prompt_text",
+    "dialogue",
+    "conversation",
+    "context",
+)
+"""Columns that look like a prompt. With a prompt column, or turns that begin with one, they are bookkeeping."""
+
+BEFORE = ("history",)
+"""Earlier turns beside a prompt (LLaMA-Factory's way)."""
+
+NOTICED = PICTURES + SYSTEMS + PROMPTS + BEFORE
+
+LIKE = {
+    "chosen": ("chosen_response", "response_chosen", "response_j", "preferred", "accepted", "answer_chosen", "better", "good"),
+    "rejected": ("rejected_response", "response_rejected", "response_k", "dispreferred", "answer_rejected", "worse", "bad"),
+    "prompt": PROMPTS,
+}
+"""Names seen for a column that is missing: suggested, never assumed."""
+
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+"""ShareGPT's `from` -> role."""
+
+
+@dataclass(frozen=True)
+class ColumnOptions:
+    """How the columns of a source are named and meant, where it does not say so itself."""
+
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    system: str | None = None
+    """Column whose text becomes the first turn."""
+    as_conversation: bool = False
+    """Plain texts become turns: the prompt the user's, the answers the assistant's."""
+    ignore: tuple[str, ...] = ()
+    """Columns that are known not to matter."""
+
+    def named(self) -> dict[str, str]:
+        """Column of the source -> what it is, for those that were named."""
+        given = {name: getattr(self, name) for name in ("prompt", "chosen", "rejected", "system")}
+        return {column: name for name, column in given.items() if column is not None}
+
+    def __str__(self) -> str:
+        """As options of the command line."""
+        words = [f"--{each.name}-column {getattr(self, each.name)}" for each in fields(self)[:4] if getattr(self, each.name)]
+        words += ["--as-conversation"] * self.as_conversation + [f"--ignore-column {name}" for name in self.ignore]
+        return " ".join(words)
+
+
+def scored(names: Iterable[str], options: ColumnOptions, where: str) -> dict[str, str]:
+    """Column of the source -> its name here, for those that decide what is scored. InputError for one that is missing."""
+    names = list(names)
+    given = options.named()
+    absent = [column for column in [*given, *options.ignore] if column not in names]
+    if absent:
+        raise InputError(f"no column {' and '.join(absent)}", where=where, found=", ".join(names))
+    kept = given | {name: name for name in COLUMNS if name in names and name not in given and name not in given.values()}
+    missing = [name for name in ("chosen", "rejected") if name not in kept.values()]
+    if missing:
+        raise InputError(
+            f"no column {' and '.join(missing)}",
+            where=where,
+            expected="chosen and rejected (prompt optional)",
+            found=", ".join(names),
+            next=_suggestion(names, kept.values()) or "Name the columns: --chosen-column, --rejected-column, --prompt-column.",
+        )
+    if "prompt" not in kept.values():
+        kept |= {name: name for name in CONTEXT if name in names and name not in options.ignore}
+    return kept
+
+
+def _suggestion(names: list[str], present: Iterable[str]) -> str:
+    found = {side: next((name for name in names if name.lower() in LIKE[side]), None) for side in ("prompt", "chosen", "rejected")}
+    words = [f"--{side}-column {name}" for side, name in found.items() if name and side not in present]
+    return f"Perhaps: {' '.join(words)}" if words else ""
+
+
+def noticed(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -> list[str]:
+    """Columns that are not scored and may matter: refused later if they hold anything."""
+    return [name for name in names if name.lower() in NOTICED and name not in kept and name not in options.ignore]
+
+
+def has_content(values: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether any value says something: not null, not an empty text or list."""
+    type_ = values.type
+    if pa.types.is_null(type_):
+        return False
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_):
+        return bool(pc.any(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0)).as_py())
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return bool(pc.any(pc.greater(pc.list_value_length(values), 0)).as_py())
+    return values.null_count < len(values)
+
+
+def says_something(value: object) -> bool:
+    """has_content of one value as JSON has it."""
+    return bool(value.strip() if isinstance(value, str) else value if isinstance(value, list | dict) else value is not None)
+
+
+def refuse_unused(used: Iterable[str], unused: list[str], first: dict, where: str) -> None:
+    """InputError for a column that is not scored, holds something, and looks as if it should be. `first` is the first row."""
+    pictures = [name for name in unused if name.lower() in PICTURES]
+    if pictures:
+        raise InputError(
+            f"the column {' and '.join(pictures)} is not scored: only text is",
+            where=where,
+            next=f"Use a dataset without pictures or sound; to score the text alone: {_ignoring(pictures)}",
+        )
+    systems = [name for name in unused if name.lower() in SYSTEMS]
+    before = [name for name in unused if name.lower() in BEFORE]
+    prompts = [name for name in unused if name.lower() in PROMPTS]
+    if "prompt" in used or not _lacks_prompt(first):
+        prompts = []
+    if not (systems or before or prompts):
+        return
+    named = prompts + systems + before
+    words = [f"--prompt-column {name}" for name in prompts[:1]] + [f"--system-column {name}" for name in systems[:1]]
+    use = f"Use {'them' if len(words) > 1 else 'it'}: {' '.join(words)}. " if words else "Put its turns into the prompt. "
+    raise InputError(
+        f"the column{'s' * (len(named) > 1)} {' and '.join(named)} would not be scored, and look{'s' * (len(named) == 1)} like part of the prompt",
+        where=where,
+        next=f"{use}Or leave out on purpose: {_ignoring(named)}",
+    )
+
+
+def _ignoring(names: list[str]) -> str:
+    return " ".join(f"--ignore-column {name}" for name in names)
+
+
+def _lacks_prompt(row: dict) -> bool:
+    """Whether a row without a prompt column has none inside its answers either. Of two texts nobody can say: they begin alike or not."""
+    if isinstance(row["chosen"], str):
+        return True
+    first = row["chosen"][0] if row["chosen"] else None
+    return not row.get("prompt") and (not isinstance(first, dict) or first.get("role") == "assistant")
+
+
+def canonical(row: dict, options: ColumnOptions, index: int) -> dict:
+    """A row of the source -> prompt (where it has one), chosen, rejected, tools, chat_template_kwargs. InputError names the row."""
+    where = f"row {index}"
+    turns = ("prompt", "chosen", "rejected", *CONTEXT)
+    row = {name: _speakers(value, f"{where}, {name}") if name in turns else value for name, value in row.items()}
+    for side in ("chosen", "rejected"):
+        if isinstance(row[side], dict):  # one answer, not in a list
+            row[side] = [row[side]]
+    context = next((row.pop(name) for name in CONTEXT if row.get(name)), None)
+    row = {name: value for name, value in row.items() if name not in CONTEXT}
+    if context is not None and isinstance(row["chosen"], list) and _lacks_prompt(row):
+        row["prompt"] = context
+    if (options.as_conversation or options.system) and isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+        row |= {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+        if not row.get("prompt"):
+            raise InputError("the row has no prompt, so its texts are no conversation", where=where)
+        if isinstance(row["prompt"], str):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    if options.system:
+        _add_system(row, row.pop("system"), where)
+    return row
+
+
+def _add_system(row: dict, text: object, where: str) -> None:
+    """The system text becomes the first turn: of the prompt, or of both sides where they hold the prompt."""
+    if text is None or text == "":
+        return
+    if not isinstance(text, str):
+        raise InputError("the system column is not text", where=where, found=type(text).__name__)
+    if isinstance(row.get("prompt"), str) and _lacks_prompt({"chosen": row["chosen"]}):
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    for name in ("prompt",) if isinstance(row.get("prompt"), list) else ("chosen", "rejected"):
+        turns = row[name] or []
+        if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
+            if turns[0].get("content") == text:
+                continue
+            raise InputError("the row has another system turn already", where=f"{where}, {name}", next="Drop one of the two.")
+        row[name] = [{"role": "system", "content": text}, *turns]
+
+
+def _speakers(value: object, where: str) -> object:
+    """ShareGPT's turns {from, value} as {role, content}; anything else as it is."""
+    if isinstance(value, dict) and "from" in value and "value" in value and value.get("role") is None:
+        if value["from"] not in SPEAKERS:
+            raise InputError(
+                "a turn is of an unknown speaker", where=where, expected=f"one of {', '.join(SPEAKERS)}", found=repr(value["from"])
+            )
+        return {"role": SPEAKERS[value["from"]], "content": value["value"]}
+    return [_speakers(item, where) for item in value] if isinstance(value, list) else value
