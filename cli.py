@@ -1,6 +1,7 @@
 """The command line: parse, build a config, call one function, word the errors. Heavy imports happen inside the commands."""
 
 import contextlib
+import math
 import os
 import sys
 from dataclasses import replace
@@ -178,6 +179,14 @@ ref_store_option = click.option(
     required=True,
     help="Folder of the store, such as store/think, or a URL (s3://, hf://datasets/, file://).",
 )
+
+
+class Rate(click.FloatRange):
+    """A number above zero; nan and inf, which pass every range, are none."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
 
 
 class LocalStorePath(click.Path):
@@ -412,12 +421,12 @@ def _first_of_train(ref_store: Path, chat_template: Path | str | None, layout: s
 @click.option("--sample", type=click.IntRange(min=1), help="Only so many rows, evenly spaced over the dataset.")
 @click.option(
     "--tokens-per-second",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Rate(min=0, min_open=True),
     help="Measured by precompute, of one GPU: adds the expected times.",
 )
 @click.option(
     "--train-tokens-per-second",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Rate(min=0, min_open=True),
     help="Of one GPU in training.  [default: a quarter of the other]",
 )
 @click.option("--num-gpus", type=click.IntRange(min=1), default=1, show_default=True, help="For the expected times.")
@@ -743,7 +752,9 @@ def _key_values(given: tuple[str, ...]) -> dict:
     for each in given:
         name, _, text = each.partition("=")
         try:
-            values[name] = json.loads(text)
+            values[name] = json.loads(text, parse_constant=int)  # NaN is no JSON
+            if not name:
+                raise ValueError
         except ValueError as error:
             raise InputError(
                 "not KEY=JSON", where=f"--metadata {each}", expected="such as split=null or tensor_model_parallel_size=2"
@@ -865,7 +876,7 @@ def _decoder(identity, name: str | None):
 @click.option("--model", help="Also score a random sample again with this model: folder or hub id.")
 @click.option("--revision", help="Revision of --model on the hub.")
 @click.option("--num-pairs", type=click.IntRange(min=1), default=HOW_MANY_RESCORED, show_default=True, help="Size of that sample.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random choice.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random choice.")
 @click.option("--layout", type=click.Choice(["packed", "padded"]), help="[default: the one the store was made in]")
 def verify_cmd(ref_store: Path, model: str | None, revision: str | None, num_pairs: int, seed: int, layout: str | None) -> None:
     """Check a sealed store: checksums, row coverage, footers, values and counts; with --model also the numbers."""

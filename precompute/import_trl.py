@@ -89,6 +89,11 @@ def read_cache(path: Path) -> np.ndarray:
             expected=f"columns {' and '.join(NAMES)}",
             found=", ".join(table.column_names),
         )
+    wrong = [f"{name}: {kind}" for name in NAMES if not pa.types.is_floating(kind := table.schema.field(name).type)]
+    if wrong:
+        raise InputError(
+            "not TRL's cache", where=f"--cache {path}", expected="columns of floating-point numbers", found=", ".join(wrong)
+        )
     values = np.stack([table[name].to_numpy().astype(np.float64) for name in NAMES], axis=1)
     if not np.isfinite(values).all():
         raise InputError("a value is not finite", where=f"--cache {path}, pair {int(np.argwhere(~np.isfinite(values))[0][0])}")

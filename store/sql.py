@@ -147,6 +147,7 @@ def write_parquet(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -
             found = f"{len(statements)} statements"
             raise InputError("not one query", where="--sql", found=found, next="A Parquet file holds one answer.")
         blocks = ask(lambda: connection.sql(statements[0]).to_arrow_reader(ROWS_AT_A_TIME))
+        _refuse_equal_names(blocks.schema.names)
         num_rows = 0
         try:
             with pyarrow.parquet.ParquetWriter(staged, blocks.schema, compression="zstd") as file:
@@ -237,7 +238,14 @@ def _write_csv(names: list[str], blocks: Iterable[list[tuple]], out: TextIO) -> 
         out.flush()
 
 
+def _refuse_equal_names(names: list[str]) -> None:
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise InputError(f"more than one column is called {twice[0]}", where="--sql", next="Name them apart: … as other_name.")
+
+
 def _write_json(names: list[str], blocks: Iterable[list[tuple]], out: TextIO) -> None:
+    _refuse_equal_names(names)
     separator = "["
     for rows in blocks:
         for row in rows:

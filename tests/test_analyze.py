@@ -241,6 +241,8 @@ def test_command_line(dataset, tokenizer, tmp_path):
     for bad, message in (
         (["--dataset", "x.jsonl", "--tokenizer", str(tokenizer)], "no such file"),
         (["--dataset", str(dataset)], "--tokenizer must be given"),
+        (["--dataset", "demo", "--tokens-per-second", "nan"], "not a finite number"),
+        (["--dataset", "demo", "--train-tokens-per-second", "inf"], "not a finite number"),
         (["--dataset", str(dataset), "--tokenizer", str(tmp_path / "none")], "no tokenizer can be loaded"),
     ):
         result = CliRunner().invoke(cli.main, ["analyze", *bad])

@@ -223,7 +223,8 @@ def test_refusals_leave_nothing_behind(world, tmp_path):
         export(store, "jsonl", tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     argv = ("export", "--ref-store", store, "--format", "megatron-bridge", "--output", tmp_path / "out", "--accept-other-tokens")
-    call(*argv, "--metadata", "split=nul", code=2)
+    for wrong in ("split=nul", "=1", "split=NaN", "split"):
+        call(*argv, "--metadata", wrong, code=2)
     assert "scoring_metadata.json" in call(*argv, "--metadata", "split=null", "--quiet")
 
 
@@ -257,6 +258,11 @@ def test_import_refuses_what_does_not_belong(world, by_trl, tiny_llama, tmp_path
         "import", "--cache", cache, *inputs(world, other), "--ref-store", store, code=2
     )
     assert "found 19" in call("import", "--cache", cache, *inputs(world, tiny_llama), "--limit", 9, "--ref-store", store, code=2)
+    for name, column in (("text", ["-1.0"] * 19), ("lists", [[-1.0]] * 19), ("counts", [-1] * 19)):
+        Dataset.from_dict(dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), column)).save_to_disk(tmp_path / name)
+        arrow = next((tmp_path / name).glob("*.arrow"))
+        argv = ("import", "--cache", arrow, *inputs(world, tiny_llama), "--ref-store", store)
+        assert "expected columns of floating-point numbers" in call(*argv, code=2)
     (tmp_path / "no.arrow").write_text("x")
     assert "cannot be read" in call(
         "import", "--cache", tmp_path / "no.arrow", *inputs(world, tiny_llama), "--ref-store", store, code=2

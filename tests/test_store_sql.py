@@ -211,6 +211,8 @@ def test_odd_answers(made):
     assert run(connection, "select row from pairs where false", "json") == "[]"
     assert run(connection, "select row from pairs where false", "csv") == "row"
     assert "row" in run(connection, "select row from pairs where false", "table")
+    with pytest.raises(InputError, match="more than one column is called row"):
+        run(connection, "select a.row, b.row from pairs a, pairs b limit 1", "json")
     assert run(connection, "", "table") == run(connection, "", "csv") == ""
     assert run(connection, "select 1 as a; select 2 as b", "csv") == "a\n1\nb\n2"
     assert "│" in run(connection, "describe tokens", "table")
@@ -269,6 +271,7 @@ def test_parquet_is_the_answer(made, tmp_path):
         ("create table t as select 1", "not one query"),
         ("selec", "syntax error"),
         ("select interval 1 day as x", "cannot be written as Parquet"),
+        ("select 1 as a, 2 as a", "more than one column is called a"),
         ("select if(range = 99999, error('boom'), 1) from range(100000)", "boom"),
         ("copy pairs to 'x.parquet'", "not one query"),
     ],
