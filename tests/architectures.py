@@ -95,6 +95,7 @@ OVERRIDES: dict[str, dict] = {
     },
     "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "dots3_note_vision_encoder": {"adapter_out_dim": 64, "adapter_in_dim": 64},
+    "doge": {"sliding_window": None},
     "falcon_h1": {"lm_head_multiplier": 2.0},
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
@@ -126,6 +127,7 @@ OVERRIDES: dict[str, dict] = {
     "inkling_text": {"logits_mup_width_multiplier": 2.0},
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {"no_rope_layers": [1, 0]},
     "longcat_flash": {"zero_expert_num": 2, "head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "moe_shared_expert_intermediate_size": 32},
@@ -138,6 +140,7 @@ OVERRIDES: dict[str, dict] = {
         "hc_lowrank": 16,
         "ngram_vocab_size_base": 1000,
     },
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32), "attn_layers": ("local", "lsh")},
     "roc_bert": {"pronunciation_vocab_size": 100, "shape_vocab_size": 100, "pronunciation_embed_dim": 16, "shape_embed_dim": 16},
     "zamba": {
@@ -149,7 +152,7 @@ OVERRIDES: dict[str, dict] = {
         "attention_hidden_size": 128,
     },
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
 }
 """What a config needs besides, because its fields must fit each other or because their defaults would switch off what is to be tried."""
 
@@ -330,12 +333,14 @@ def _is_noise(name: str, value) -> bool:
 
 
 def _kinds_of_layers(config_class: type[PreTrainedConfig], names: set[str]) -> dict:
-    """One layer of each kind that the architecture has as released."""
+    """One layer of each kind that the architecture has as released, and a sliding one where it may have those."""
     lists = [name for name in ("layer_types", "layers_block_type", "mlp_layer_types") if name in names]
     if not lists:
         return {}
     released = config_class(**{name: value for name, value in SWITCHES.items() if name == "use_sliding_window" and name in names})
     kinds = {name: list(dict.fromkeys(getattr(released, name, None) or ())) for name in lists}
+    if kinds.get("layer_types") == ["full_attention"] and "sliding_window" in names:
+        kinds["layer_types"].insert(0, "sliding_attention")
     num_layers = max(2, *map(len, kinds.values()))
     layers = next((name for name in ("num_hidden_layers", "num_layers", "n_layer") if name in names), None)
     filled = {name: list(islice(cycle(found), num_layers)) for name, found in kinds.items() if found}

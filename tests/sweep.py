@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ from store.errors import InputError
 from train.flops import PairFlops
 from train.packed import pack_policy
 
-LOGPS, GRADIENT = 1e-3, 1e-3
-"""Largest difference that counts as rounding: nats per token in float32, and a parameter's gradient relative to its norm. Seen: 1e-4, 1e-5."""
+ROUNDING = 1e-3
+"""Largest difference that counts as right: nats of any token in float32, or of a parameter's gradient as a share of its norm. Seen: 1e-5, 1e-4."""
 
 WAYS = ("packed scoring", "padded scoring", "packed training", "padded training")
 
@@ -39,7 +40,7 @@ class Outcome:
     verdict: str
     detail: str = ""
     difference: float = 0.0
-    """Nats per token, or of a gradient's norm, whichever is the larger."""
+    """As ROUNDING counts it."""
 
 
 def sequences() -> list[Sequence]:
@@ -81,7 +82,8 @@ def forget(model: PreTrainedModel) -> None:
         ]:
             prefix = name.removesuffix("original_inv_freq")
             setattr(module, f"{prefix}inv_freq", getattr(module, name).clone())
-            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            if hasattr(module, "max_seq_len_cached"):
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def load(name: str, seed: int = 0) -> PreTrainedModel:
@@ -91,25 +93,60 @@ def load(name: str, seed: int = 0) -> PreTrainedModel:
         return load_model(folder, revision=None, dtype="float32", device=torch.device("cpu"))
 
 
-def sweep(name: str, ways: tuple[str, ...] = WAYS) -> dict[str, Outcome]:
+def sweep(name: str) -> dict[str, Outcome]:
     """The outcome of each way for one architecture of architectures.py."""
     try:
         model = load(name)
     except InputError as error:
-        return dict.fromkeys(ways, Outcome("refused", _first_clause(error)))
-    return {way: _judged(lambda way=way: RUN[way](copy.deepcopy(model))) for way in ways}
+        return dict.fromkeys(WAYS, Outcome("refused", _first_clause(error)))
+    made, alone = sequences(), Alone(model)
+    return {
+        "packed scoring": _judged(lambda: _scoring(model, made, alone, "packed")),
+        "padded scoring": _judged(lambda: _scoring(model, made, alone, "padded")),
+        "packed training": _judged(lambda: _training(model, made, alone, "packed")),
+        "padded training": _judged(lambda: _training(model, made, alone, "padded")),
+    }
 
 
-def _judged(run: Callable[[], float]) -> Outcome:
+class Alone:
+    """The truth about `sequences()`: the plain forward of each alone."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @cached_property
+    def logps(self) -> list[list[np.ndarray]]:
+        """By the implementation of attention that was loaded, and by transformers' own written-out one."""
+        results = []
+        for implementation in dict.fromkeys((self.model.config._attn_implementation, "eager")):
+            model = copy.deepcopy(self.model)
+            if implementation != model.config._attn_implementation:
+                model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                results.append([plain(model, each).numpy() for each in sequences()])
+        return results
+
+    @cached_property
+    def training(self) -> tuple[list[np.ndarray], PreTrainedModel]:
+        """Log-probs in training, and a model with the gradients of their weighted sum."""
+        model, results = _trainable(self.model), []
+        for weight, each in zip(_weights(), sequences(), strict=True):
+            logps = plain(model, each)
+            (weight * logps.sum()).backward()
+            results.append(logps.detach().numpy())
+        return results, model
+
+
+def _judged(way: Callable[[], float]) -> Outcome:
     try:
-        difference = run()
+        difference = way()
     except InputError as error:
         return Outcome("refused", _first_clause(error))
     except Exception as error:  # noqa: BLE001 (whatever an architecture raises is a finding)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
         return Outcome("CRASH", f"{type(error).__name__}: {' '.join(str(error).split())[:150]} ({place})")
-    return Outcome("right" if difference <= LOGPS else "WRONG", difference=difference)
+    return Outcome("right" if difference <= ROUNDING else "WRONG", difference=float(difference))
 
 
 def _first_clause(error: InputError) -> str:
@@ -121,51 +158,38 @@ def _first_clause(error: InputError) -> str:
     )[:110]
 
 
-def _scoring(layout: str) -> Callable[[PreTrainedModel], float]:
-    def run(model: PreTrainedModel) -> float:
-        made = sequences()
-        with torch.no_grad():
-            expected = [plain(model, each).numpy() for each in made]
-        if layout == "packed":
-            self_test(model, "float32")
-        found = score(model, made, layout=layout, tokens_per_batch=300)
-        together = score(model, made, layout=layout, tokens_per_batch=100_000)
-        return max(_largest(a, b) for scores in (found, together) for a, b in zip(scores, expected, strict=True))
-
-    return run
+def _scoring(model: PreTrainedModel, made: list[Sequence], alone: Alone, layout: str) -> float:
+    model = copy.deepcopy(model)
+    if layout == "packed":
+        self_test(model, "float32")
+    found = [score(model, made, layout=layout, tokens_per_batch=budget) for budget in (300, 100_000)]
+    return np.max([_largest(scores, expected) for scores in found for expected in alone.logps])
 
 
-def _training(layout: str) -> Callable[[PreTrainedModel], float]:
-    def run(model: PreTrainedModel) -> float:
-        made = sequences()
-        weights = torch.linspace(-1, 1, len(made))  # of each sequence's sum in the loss
-        policy = _trainable(model)
-        if layout == "packed":
-            PairFlops.of(policy)
-        add_fused_lm_head(policy, outputs=("log_probs",))
-        if layout == "packed":
-            pack_policy(policy, ("log_probs",))
-        longest = max(len(each.ids) for each in made)
-        ids, mask, labels = torch.zeros(3, len(made), longest, dtype=torch.long)
-        labels -= 100
-        for row, each in enumerate(made):
-            ids[row, : len(each.ids)] = torch.from_numpy(each.ids.astype(np.int64))
-            mask[row, : len(each.ids)] = 1
-            labels[row, each.num_prompt : len(each.ids)] = ids[row, each.num_prompt : len(each.ids)]
-        values = policy(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
-        found = [values[row, each.num_prompt - 1 : len(each.ids) - 1] for row, each in enumerate(made)]
-        sum(weight * each.sum() for weight, each in zip(weights, found, strict=True)).backward()
+def _training(model: PreTrainedModel, made: list[Sequence], alone: Alone, layout: str) -> float:
+    policy = _trainable(model)
+    if layout == "packed":
+        PairFlops.of(policy)
+    add_fused_lm_head(policy, outputs=("log_probs",))
+    if layout == "packed":
+        pack_policy(policy, ("log_probs",))
+    longest = max(len(each.ids) for each in made)
+    ids, mask, labels = torch.zeros(3, len(made), longest, dtype=torch.long)
+    labels -= 100
+    for row, each in enumerate(made):
+        ids[row, : len(each.ids)] = torch.from_numpy(each.ids.astype(np.int64))
+        mask[row, : len(each.ids)] = 1
+        labels[row, each.num_prompt : len(each.ids)] = ids[row, each.num_prompt : len(each.ids)]
+    values = policy(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+    found = [values[row, each.num_prompt - 1 : len(each.ids) - 1] for row, each in enumerate(made)]
+    sum(weight * each.sum() for weight, each in zip(_weights(), found, strict=True)).backward()
+    logps, reference = alone.training
+    return np.max([_largest([each.detach().numpy() for each in found], logps), _gradients_apart(policy, reference)])
 
-        reference = _trainable(model)
-        expected = []
-        for weight, each in zip(weights, made, strict=True):
-            logps = plain(reference, each)
-            (weight * logps.sum()).backward()
-            expected.append(logps.detach().numpy())
-        logps = max(_largest(a.detach().numpy(), b) for a, b in zip(found, expected, strict=True))
-        return max(logps, _gradients_apart(policy, reference) * LOGPS / GRADIENT)
 
-    return run
+def _weights() -> torch.Tensor:
+    """Of each sequence's sum in the loss: as of chosen and rejected ones, of either sign."""
+    return torch.linspace(-1, 1, len(sequences()))
 
 
 def _trainable(model: PreTrainedModel) -> PreTrainedModel:
@@ -188,17 +212,9 @@ def _gradients_apart(policy: PreTrainedModel, reference: PreTrainedModel) -> flo
     ]
     whole = sum(float(own.norm()) ** 2 for _, own in pairs) ** 0.5
     apart = [float((mine - own).norm()) / (float(own.norm()) + 1e-4 * whole) for mine, own in pairs]
-    return float(np.max(apart))  # not a number if one is
+    return np.max(apart)  # not a number if one is
 
 
-def _largest(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max())
-
-
-RUN = {
-    "packed scoring": _scoring("packed"),
-    "padded scoring": _scoring("padded"),
-    "packed training": _training("packed"),
-    "padded training": _training("padded"),
-}
+def _largest(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Difference of any token, nats; not a number if one is."""
+    return float(np.abs(np.concatenate(found) - np.concatenate(expected)).max())
