@@ -338,10 +338,10 @@ def _precompute_config(dataset: str, **given):
 
 def _completed(dataset: str, **given):
     """(the preset or None, the options of precompute completed by it). Imports nothing heavy. InputError names what is missing."""
+    from default_store import default_store, preset_of, refuse_taken
     from presets import PRESETS
 
-    # A preset's data set by its own name is that preset: so the command that an unsealed store suggests also keeps its training defaults.
-    preset = PRESETS.get(dataset) or next((each for each in PRESETS.values() if each.dataset == dataset), None)
+    preset = preset_of(dataset)
     defaults = {"split": "train"}
     if preset is not None:
         defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype")}
@@ -363,7 +363,9 @@ def _completed(dataset: str, **given):
             next=f"Make it in a folder, then copy it there: {cli('push', '--ref-store')} … {given['ref_store']}",
         )
     if given["ref_store"] is None:
-        given["ref_store"] = Path("store") / (preset.name if preset else Path(dataset.rstrip("/")).name.split(".")[0])
+        given["ref_store"] = default_store(dataset, preset)
+        if preset is None:
+            refuse_taken(given["ref_store"], dataset, given["split"], given["dataset_config"])
     return preset, given | {"dataset": preset.dataset if preset else dataset}
 
 

@@ -1,0 +1,63 @@
+"""Where the store of a dataset is kept if nobody says: store/NAME, and never the folder of another dataset's store."""
+
+import glob
+import re
+from pathlib import Path
+
+from presets import PRESETS, Preset
+from store.errors import InputError
+
+SHELF = Path("store")
+
+DATA_SUFFIXES = {".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".gz", ".zst", ".bz2"}
+
+SAYS_NOTHING = re.compile(r"(train|training|test|validation|valid|val|dev|eval|data|dataset|default|part|snapshots)?[-_]?(\d+(-of-\d+)?)?")
+"""File and folder names that many datasets share: the folder above names the dataset."""
+
+
+def default_store(dataset: str, preset: Preset | None) -> Path:
+    """A preset's name, else the file's or folder's without its kind: my.pairs.v1.jsonl.gz -> store/my.pairs.v1, prefs/train.parquet ->
+    store/prefs-train, acme/prefs -> store/prefs."""
+    if preset is not None:
+        return SHELF / preset.name
+    path = Path(dataset.rstrip("/")).expanduser()
+    while glob.has_magic(path.name) and not path.exists():
+        path = path.parent
+    name = path.name or path.resolve().name
+    while Path(name).suffix in DATA_SUFFIXES:
+        name = Path(name).stem
+    if SAYS_NOTHING.fullmatch(name):
+        above = [part for part in path.absolute().parent.parts[1:] if not SAYS_NOTHING.fullmatch(part)]
+        name = "-".join([*above[-1:], *([name] if name else [])])
+    return SHELF / (name or "dataset")
+
+
+def refuse_taken(store: Path, dataset: str, split: str, config: str | None) -> None:
+    """InputError if the default folder `store` holds the store of another dataset, split or configuration: said before anything is loaded."""
+    if not store.is_dir():
+        return
+    from store.folder import stored_identity
+
+    there = stored_identity(store)
+    if there is None or (_same(there.dataset, dataset) and (there.split, there.dataset_config) == (split, config)):
+        return
+    asked, found = (
+        " ".join([name, f"(split {part})", *([f"(configuration {which})"] if which else [])])
+        for name, part, which in ((dataset, split, config), (there.dataset, there.split, there.dataset_config))
+    )
+    raise InputError(
+        "this default folder is taken by the store of another dataset",
+        where=store,
+        expected=asked,
+        found=found,
+        next=f"Name the folder: --ref-store {store} if they are the same rows, or another.",
+    )
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+
+
+def preset_of(dataset: str) -> Preset | None:
+    """The preset of this name, or of this data set: the command that an unsealed store suggests also keeps its training defaults."""
+    return PRESETS.get(dataset) or next((each for each in PRESETS.values() if each.dataset == dataset), None)
