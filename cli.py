@@ -93,6 +93,26 @@ EXAMPLES |= {
 HOW_MANY_RESCORED = 16
 
 
+MEANT = {
+    "--model": ("--policy",),
+    "--model-name-or-path": ("--policy", "--model"),
+    "--policy": ("--model",),
+    "--ref-model": ("--ref-store", "--model"),
+    "--dataset": ("--ref-store",),
+    "--dataset-name": ("--dataset", "--ref-store"),
+    "--store": ("--ref-store",),
+    "--lr": ("--learning-rate",),
+    "--epochs": ("--num-train-epochs",),
+    "--batch-size": ("--effective-batch-size", "--per-device-train-batch-size", "--tokens-per-batch"),
+    "--bf16": ("--dtype",),
+    "--deepspeed": ("--zero-config",),
+    "--resume-from-checkpoint": ("--resume",),
+    "--num-gpus": ("--num-processes", "--num-workers"),
+    "--nproc-per-node": ("--num-processes", "--num-workers"),
+}
+"""Options of another command or of TRL's and torchrun's, and what they are called here: too far apart for click to see it."""
+
+
 class Commands(click.Group):
     """Turns every error a user can cause into one `Error:` line and an exit code; anything else is a bug and keeps its traceback."""
 
@@ -122,7 +142,13 @@ class Command(click.Command):
             if len(same) > 1 and not all(_may_be_repeated(option, args) for option in same):
                 named = ", ".join(dict.fromkeys(option.opts[0] for option in same))
                 raise InputError(f"given {len(same)} times, and one counts", where=named, next="Leave the others out.")
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            own = {word for option in self.params for word in option.opts}
+            if meant := [word for word in MEANT.get(error.option_name, ()) if word in own]:
+                error.possibilities = meant
+            raise
 
     def _given(self, ctx: click.Context, args: list[str]) -> list[click.Option]:
         """The options on the command line, one entry for each time; none where the line is wrong, which click then says."""
@@ -535,7 +561,7 @@ def _analyze_config(dataset: str, model: str | None, **given):
 @click.option("--max-length", type=click.IntRange(min=2), help="Any value up to the store's.  [default: the store's]")
 @click.option("--loss-type", multiple=True, help="TRL's names; give it several times to add losses up.  [default: sigmoid_norm]")
 @click.option("--loss-weights", help="Comma-separated weights, one per --loss-type.")
-@click.option("--beta", type=float, help="Its scale belongs to the loss type.  [default: 5]")
+@click.option("--beta", type=float, help="Its scale belongs to the loss type.  [default: 5 with sigmoid_norm, else 0.1]")
 @click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="For robust and exo_pair.")
 @click.option("--ld-alpha", type=float, help="LD-DPO: weight of the tokens beyond the shorter completion.")
 @click.option("--use-weighting", is_flag=True, help="WPO: weigh pairs by how likely the policy is to write their completions.")
@@ -638,6 +664,10 @@ def _train_config(ref_store: Path, preset=None, **given):
         from store.reader import open_store
 
         preset = PRESETS.get(open_store(ref_store, check="none").manifest.preset) or Preset
+    from train.config import TrainConfig, default_beta
+
+    if given["beta"] is None and given["loss_type"] not in ((), (preset.loss_type,)):
+        given["beta"] = default_beta(given["loss_type"])
     names = (
         "loss_type",
         "beta",
@@ -664,9 +694,6 @@ def _train_config(ref_store: Path, preset=None, **given):
     if given["zero_config"] is None:
         del given["zero_config"]
     given["report_to"] = tuple(name for name in given["report_to"] if name != "none")
-
-    from train.config import TrainConfig
-
     return TrainConfig(ref_store=ref_store, **given)
 
 
@@ -1093,8 +1120,8 @@ def quiet_libraries():
     import warnings
 
     warnings.simplefilter("ignore", FutureWarning)
-    for name in ("DeepSpeed", "accelerate"):
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    for name in ("DeepSpeed", "accelerate"):  # accelerate's loggers are below that name, and would pass over a filter there
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers
 

@@ -156,6 +156,47 @@ def test_switches_may_be_repeated_but_not_contradict(rows, tiny_llama, tmp_path)
     refused("train", "--ref-store", tmp_path / "no", "--resume", "--resume", code=2, match="no such folder")
 
 
+def test_a_loss_that_is_named_brings_its_own_beta(rows, tiny_llama, tmp_path):
+    store = tmp_path / "store"
+    run(*options(rows, tiny_llama, store), code=0)
+    for words, expected in (
+        ("", 5.0),
+        ("--loss-type sigmoid", 0.1),
+        ("--loss-type sigmoid_norm", 5.0),
+        ("--loss-type ipo --beta 0.7", 0.7),
+    ):
+        argv = ["--ref-store", str(store), *words.split()]
+        given = cli.main.commands["train"].make_context("train", argv).params
+        given = {name: value for name, value in given.items() if name not in ("num_processes", "resume_or_start")}
+        assert cli._train_config(**given).beta == expected
+    refused(
+        "train",
+        "--ref-store",
+        store,
+        "--loss-type",
+        "sigmoid",
+        "--loss-type",
+        "sigmoid_norm",
+        code=2,
+        match="--beta: must be given",
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "meant"),
+    [
+        ("train", "--model", "--policy"),
+        ("train", "--dataset", "--ref-store"),
+        ("train", "--lr", "--learning-rate"),
+        ("train", "--batch-size", "--effective-batch-size"),
+        ("precompute", "--policy", "--model"),
+        ("precompute", "--modle", "--model"),
+    ],
+)
+def test_an_option_of_another_name_is_told_its_own(command, option, meant):
+    refused(command, option, "x", code=2, match=f"No such option '{option}'.*{meant}")
+
+
 def test_presets_are_the_users_table():
     think, instruct = PRESETS["think"], PRESETS["instruct"]
     assert (think.dataset, think.max_length) == ("allenai/Dolci-Think-DPO-7B", 8192)

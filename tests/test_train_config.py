@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import DPOConfig
 
 from store.errors import InputError
-from train.config import FREE_ON_RESUME, LOSS_TYPES, LR_SCHEDULER_TYPES, ZERO2, TrainConfig
+from train.config import FREE_ON_RESUME, LOSS_TYPES, LR_SCHEDULER_TYPES, ZERO2, TrainConfig, beta_notice, default_beta
+from train.zero import refuse_contradictions
 
 GOOD = TrainConfig(
     ref_store=Path("store/think"),
@@ -60,6 +62,65 @@ def test_contradictions_are_refused_by_name(changes, words):
         replace(GOOD, **changes)
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_beta_belongs_to_the_loss():
+    """TRL's 0.1 but for mean log-probs; a beta ten times off is named, the usual ones are not."""
+    assert default_beta(("sigmoid_norm",)) == default_beta(("sft", "sigmoid_norm")) == 5.0
+    assert (
+        {default_beta((name,)) for name in LOSS_TYPES if name != "sigmoid_norm"}
+        == {0.1}
+        == {DPOConfig.__dataclass_fields__["beta"].default}
+    )
+    with pytest.raises(InputError, match=r"--beta: must be given.*sigmoid 0.1, sigmoid_norm 5"):
+        default_beta(("sigmoid", "sigmoid_norm"))
+    for loss, beta, named in (
+        (("sigmoid",), 5.0, "usual 0.1 of --loss-type sigmoid"),
+        (("sigmoid_norm",), 0.1, "usual 5 of --loss-type sigmoid_norm"),
+        (("sft", "hinge"), 5.0, "usual 0.1 of --loss-type hinge"),
+        (("sigmoid",), 0.01, None),
+        (("sigmoid_norm",), 2.0, None),
+        (("sft",), 5.0, None),
+    ):
+        notice = beta_notice(replace(GOOD, loss_type=loss, beta=beta))
+        assert notice is None if named is None else named in notice
+
+
+def test_sft_is_not_weighted():
+    with pytest.raises(InputError, match="--use-weighting.*sft"):
+        replace(GOOD, loss_type=("sigmoid", "sft"), use_weighting=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "ours", "theirs"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4}, "--per-device-train-batch-size 1", "train_micro_batch_size_per_gpu 4"),
+        ({"gradient_accumulation_steps": 2}, "--gradient-accumulation-steps 32", "gradient_accumulation_steps 2"),
+        ({"train_batch_size": 64}, "--effective-batch-size 128", "train_batch_size 64"),
+        ({"gradient_clipping": 0.5}, "--max-grad-norm 1.0", "gradient_clipping 0.5"),
+        ({"bf16": {"enabled": False}}, "--dtype bfloat16", "bf16.enabled false"),
+        ({"fp16": {"enabled": True}}, "--dtype bfloat16", "fp16.enabled true"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}, "--learning-rate 1e-06", "optimizer.params.lr 1e-05"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}, "[0.9, 0.999]", "betas [0.9, 0.95]"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "--lr-scheduler-type linear", "scheduler WarmupLR"),
+    ],
+)
+def test_deepspeeds_file_and_the_options_say_the_same_or_are_refused(tmp_path, values, ours, theirs):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | values))
+    with pytest.raises(InputError) as refusal:
+        refuse_contradictions(replace(GOOD, zero_config=path), "bfloat16", accumulation=32, batch=128)
+    expected, found = str(refusal.value).split("; found ")
+    assert ours in expected and theirs in found
+
+
+def test_deepspeeds_file_may_repeat_the_options(tmp_path):
+    path = tmp_path / "zero.json"
+    same = {"train_batch_size": 128, "gradient_clipping": 1, "bf16": {"enabled": True}, "gradient_accumulation_steps": "auto"}
+    adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "weight_decay": "auto", "betas": [0.9, 0.999]}}}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | same | adam))
+    refuse_contradictions(replace(GOOD, zero_config=path), "bfloat16", accumulation=32, batch=128)
+    refuse_contradictions(GOOD, "float32", accumulation=32, batch=128)
 
 
 def test_the_padded_layout_may_be_compiled():

@@ -34,6 +34,12 @@ LOSS_TYPES = (
 SORT_PAIRS = ("aot", "aot_unpaired")
 """Losses that sort the pairs of a micro-batch: their value depends on its size."""
 
+BETA = {"sigmoid_norm": 5.0}
+"""Usual values of losses that compare means of log-probs: OLMo 3's and Tulu's."""
+
+BETA_ELSE = 0.1
+"""TRL's default, for all other losses: most compare sums over completions of some hundred tokens."""
+
 LR_SCHEDULER_TYPES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 """transformers' schedules that need no arguments of their own."""
 
@@ -53,7 +59,7 @@ class TrainConfig:
     loss_type: tuple[str, ...]
     """Any of LOSS_TYPES, added up with `loss_weights`."""
     beta: float
-    """Its scale belongs to the loss type: 5 with `sigmoid_norm` (mean log-probs), 0.1 with `sigmoid` (sums)."""
+    """Its scale belongs to the loss type: 5 with `sigmoid_norm` (mean log-probs), 0.1 with `sigmoid` (sums); `default_beta`."""
     learning_rate: float
     per_device_train_batch_size: int
     """Pairs per forward pass on each device."""
@@ -261,6 +267,28 @@ class TrainConfig:
     def to_json(self) -> dict:
         """For run.json; paths as text."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def default_beta(loss_type: tuple[str, ...]) -> float:
+    """The usual beta of these losses. Raises InputError where they have not got the same."""
+    usual = {BETA.get(name, BETA_ELSE) for name in loss_type if name != "sft"} or {BETA_ELSE}
+    if len(usual) > 1:
+        raise InputError(
+            "must be given: these losses have betas of different scales",
+            where="--beta",
+            found=", ".join(f"{name} {BETA.get(name, BETA_ELSE):g}" for name in loss_type if name != "sft"),
+        )
+    return usual.pop()
+
+
+def beta_notice(config: TrainConfig) -> str | None:
+    """What is said of a beta more than ten times larger or smaller than the usual one of its loss."""
+    for name in config.loss_type:
+        usual = BETA.get(name, BETA_ELSE)
+        if name != "sft" and not usual / 10 <= config.beta <= usual * 10:
+            scale = f"{name} compares {'means' if name in BETA else 'sums'} of log-probs" if name != "ipo" else "ipo's own"
+            return f"beta {config.beta:g} is far from the usual {usual:g} of --loss-type {name} ({scale}): is it meant for another loss?"
+    return None
 
 
 FREE_ON_RESUME = frozenset(

@@ -37,7 +37,7 @@ from store.select import Selection
 from train import card, gate, hub, record
 from train.balance import Shape, shuffled
 from train.checkpoint import remove_cut_short, state_of
-from train.config import TrainConfig
+from train.config import TrainConfig, beta_notice
 from train.data import dataset_of, lengths_of
 from train.interrupt import CheckpointAndStop, anyone_told, evaluation_is_due
 from train.outlook import describe, outlook
@@ -80,6 +80,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     eval_pairs = None
     if planned.eval is not None:
         eval_pairs = dataset_of(planned.eval_store, planned.max_length, config.ld_alpha, planned.eval)
+    if notice := beta_notice(config):
+        say(notice)
     if not planned.selection.everything:
         say(str(planned.selection))
     if len(pairs) < len(planned.selection.train):
