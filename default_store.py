@@ -11,7 +11,9 @@ SHELF = Path("store")
 
 DATA_SUFFIXES = {".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".gz", ".zst", ".bz2"}
 
-SAYS_NOTHING = re.compile(r"(train|training|test|validation|valid|val|dev|eval|data|dataset|default|part|snapshots)?[-_]?(\d+(-of-\d+)?)?")
+SAYS_NOTHING = re.compile(
+    r"(train|training|test|validation|valid|val|dev|eval|data|dataset|default|part|snapshots)?[-_]?(\d+(-of-\d+)?)?"
+)
 """File and folder names that many datasets share: the folder above names the dataset."""
 
 

@@ -46,6 +46,6 @@ def test_a_taken_folder_is_refused_before_anything_is_loaded(tmp_path, monkeypat
     Path("pairs.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b"}) + "\n")
     make_store(Path("store/pairs"), num_rows=4, dataset=str(tmp_path / "pairs.jsonl"), split="train")
     refuse_taken(Path("store/pairs"), "pairs.jsonl", "train", None)  # the same file, otherwise spelled
-    argv = "precompute --dataset other/prefs --model nowhere --max-length 8 --dtype float32".split()
+    argv = ["precompute", "--dataset", "other/prefs", "--model", "nowhere", "--max-length", "8", "--dtype", "float32"]
     result = CliRunner().invoke(cli.main, argv)
     assert result.exit_code == 2 and "taken by" in result.output and "--ref-store store/prefs" in result.output
