@@ -2,17 +2,19 @@
 
 import math
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
+from store.disk import STAGING
 from store.folder import prepare_store
-from store.manifest import Identity, Manifest, ShardReport, Unscorable
+from store.manifest import MANIFEST, Identity, Manifest, ShardFile, ShardReport, Unscorable, totals_of
 from store.schema import SCHEMA
-from store.seal import seal
-from store.shard import publish_shard
+from store.seal import seal, sha256_of
+from store.shard import part_name, publish_shard
 
 PROVENANCE = {"seconds": 2.0, "waited": 0.25, "worker": "n1:0", "host": "n1", "device": "cpu", "versions": {"torch": "2.13.0"}}
 
@@ -96,3 +98,17 @@ def make_store(path: Path, identity: Identity | None = None, unscorable: tuple[i
     for index in range(identity.num_shards):
         publish_shard(path, identity, *make_shard(identity, index, unscorable=unscorable), PROVENANCE)
     return seal(path, identity, {"layout": "packed", "tokens_per_batch": 4096}, "demo")
+
+
+def make_empty_store(path: Path, num_rows: int) -> Manifest:
+    """A sealed store without a pair, as versions before this one made it: sealing refuses that now, reading does not."""
+    identity = make_identity(num_rows=num_rows, shard_size=num_rows)
+    prepare_store(path, identity)
+    report, table = make_shard(identity, 0, unscorable=tuple(range(num_rows)))
+    publish_shard(path, identity, report, table, PROVENANCE)
+    file = path / part_name(0)
+    shard = ShardFile(file.name, file.stat().st_size, sha256_of(file), 0, 0, num_rows)
+    manifest = Manifest(**vars(totals_of([report])), identity=identity, shards=(shard,), preset=None, provenance={})
+    (path / MANIFEST).write_bytes(manifest.to_bytes())
+    shutil.rmtree(path / STAGING)
+    return manifest

@@ -213,7 +213,7 @@ def test_refusals_leave_nothing_behind(world, tmp_path):
     for (format_,), options, message in bad:
         with pytest.raises(InputError, match=message):
             export(store, format_, tmp_path / "out", **options)
-    store_samples.make_store(tmp_path / "empty", num_rows=2, unscorable=(0, 1))
+    store_samples.make_empty_store(tmp_path / "empty", 2)
     for format_ in ("jsonl", "trl"):
         with pytest.raises(InputError, match="no pair to export"):
             export(tmp_path / "empty", format_, tmp_path / "out")

@@ -117,7 +117,7 @@ def test_stores_of_other_rows_are_not_compared(folder, tmp_path):
 
 
 def test_empty_store_and_one_pair_have_a_page(tmp_path):
-    store_samples.make_store(tmp_path / "empty", num_rows=3, unscorable=(0, 1, 2))
+    store_samples.make_empty_store(tmp_path / "empty", 3)
     assert "no pair" in report(tmp_path / "empty", tmp_path / "out0").read_text()
     store_samples.make_store(tmp_path / "one", num_rows=1)
     text = visible(report(tmp_path / "one", tmp_path / "out1").read_text())

@@ -101,7 +101,7 @@ def test_a_store_of_other_numbers_than_its_model_gives_fails(stores, tiny_llama,
 
 
 def test_an_empty_store_and_options_without_a_model(stores, tiny_llama, tmp_path):
-    store_samples.make_store(tmp_path / "empty", num_rows=4, unscorable=(0, 1, 2, 3))
+    store_samples.make_empty_store(tmp_path / "empty", 4)
     assert "no pair to score" in call("verify", "--ref-store", tmp_path / "empty", "--model", tiny_llama, code=2)
     assert "--seed, --layout: belongs to --model" in call(
         "verify", "--ref-store", stores["packed"], "--seed", 3, "--layout", "padded", code=2

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from store_samples import PROVENANCE, make_identity, make_shard, make_store, memory_folder
+from store_samples import PROVENANCE, make_empty_store, make_identity, make_shard, make_store, memory_folder
 
 import cli
 import store
@@ -396,6 +396,6 @@ def test_fit_counts_columns():
 
 
 def test_summary_with_nothing_scorable(tmp_path):
-    make_store(tmp_path, num_rows=4, unscorable=(0, 1, 2, 3))
+    make_empty_store(tmp_path, 4)
     assert "0 of 4 rows; 4 unscorable" in summary(tmp_path)
     assert open_store(tmp_path, check="sha256").read([]).num_rows == 0
