@@ -87,6 +87,8 @@ EXAMPLES |= {
       python cli.py submit --dataset think
 
       python cli.py submit --dataset think --array 8 --train-nodes 2 --train-args "--report-to wandb" --dry-run
+
+      python cli.py submit --dataset think --precompute-gpus a100:8 --precompute-time 4:00:00 --train-gpus b200:4 --train-partition big
     """,
 }
 
@@ -330,11 +332,21 @@ def precompute_cmd(**options) -> None:
     Writes a sealed store of Parquet shards. Run it again, with any number of workers, to go on where it stopped.
     """
     config = _precompute_config(**{name: value for name, value in options.items() if name != "num_workers"})
+    from stop import Stopped
+
+    try:
+        _precompute(config, options["num_workers"])
+    except KeyboardInterrupt:
+        next_ = f"Run the same command again to go on: {again()}"
+        raise Stopped("stopped by Ctrl-C: finished shards are kept", where=config.ref_store, next=next_) from None
+
+
+def _precompute(config, num_workers: int | None) -> None:
     import launch
 
     process = launch.launched()
     if process is None:
-        num_workers = launch.num_local_processes(options["num_workers"], default_without_gpu=1)
+        num_workers = launch.num_local_processes(num_workers, default_without_gpu=1)
         if num_workers > 1:
             code = launch.run_workers(num_workers)
             _report_store(config.ref_store, code, config.show)

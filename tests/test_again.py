@@ -218,20 +218,22 @@ def typed_in(folder: Path, *argv: object):
 
 @pytest.mark.slow
 def test_every_printed_command_goes_on_to_the_store_that_was_begun(folder, tiny_llama, tmp_path):
-    options = ["--limit", "12", "--chat-template", "other template.jinja", "--layout", "padded", "--max-length", "128"]
+    options = ["--limit", "24", "--chat-template", "other template.jinja", "--layout", "padded", "--max-length", "128"]
     words = [sys.executable, str(ROOT / "cli.py"), "precompute", "--dataset", "rows.jsonl", "--model", str(tiny_llama), *options]
     words += ["--dtype", "float32", "--shard-size", "1", "--ref-store", "a store"]
     store = folder / "a store"
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    run = subprocess.Popen(words, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(store.glob("*.parquet")):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.005)
-    run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 75, err
-    printed = re.search(r"Run the same command again to go on: (.*)\.?$", err, re.MULTILINE)[1]
-    assert shlex.split(printed) == words
+    for number in (signal.SIGINT, signal.SIGTERM):
+        already = len(list(store.glob("*.parquet")))
+        run = subprocess.Popen(words, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while len(list(store.glob("*.parquet"))) == already:
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.005)
+        run.send_signal(number)
+        _, err = run.communicate(timeout=120)
+        assert run.returncode == 75 and err.count("Error:") == 1 and "Traceback" not in err, err
+        printed = re.search(r"Run the same command again to go on: (.*)$", err, re.MULTILINE)[1]
+        assert shlex.split(printed) == words
     # Whoever finds the store unfinished says the same, from wherever it is asked.
     elsewhere = f"cd {folder} && {printed}"
     for argv, line in (
@@ -246,7 +248,7 @@ def test_every_printed_command_goes_on_to_the_store_that_was_begun(folder, tiny_
     assert done.returncode == 0, done.stderr
     made = open_store(store, check="sha256")
     template = tiny.make_tokenizer((folder / "other template.jinja").read_text())
-    assert made.identity.num_rows == 12 and made.identity.chat_template_sha256 == chat_template_sha256(template)
+    assert made.identity.num_rows == 24 and made.identity.chat_template_sha256 == chat_template_sha256(template)
     assert made.manifest.command.words == tuple(words) and made.manifest.provenance["layout"] == "padded"
 
     # A damaged shard of the sealed store, and phase 2, which needs the same template and layout.
@@ -334,7 +336,7 @@ def test_rows_that_have_changed_under_their_name_are_said_to(sealed, folder):
 
 def test_a_run_with_checkpoints_says_how_to_go_on(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / COMPLETE).touch()
+    (tmp_path / "checkpoint-3" / COMPLETE).write_text("{}")
     monkeypatch.setattr("store.command.called_with", ["train", "--ref-store", "a store"])
     with pytest.raises(Exception, match="with --resume: python cli.py train --ref-store 'a store' --resume"):
         record.refuse_other_run(tmp_path)

@@ -52,7 +52,7 @@ OWN = "--dataset pairs.jsonl --precompute-args '--model ./model --max-length 64 
     [
         ("--dataset nowhere.jsonl --precompute-args '--model m --max-length 64 --dtype float32'", "nowhere.jsonl: no such file"),
         ("--dataset 'no-*.parquet' --precompute-args '--model m --max-length 64 --dtype float32'", "no file matches"),
-        ("--dataset ./think", "--model, --max-length, --dtype must be given"),
+        ("--dataset ./think --precompute-args '--model m --max-length 64 --dtype float32'", "--dataset ./think: no such file"),
         ("--dataset acme/prefs", "--precompute-args: --model, --max-length, --dtype must be given"),
         ("--dataset acme/prefs --precompute-args '--max-length 64 --dtype float32'", "--model must be given"),
         ("--dataset think --precompute-args '--model ./nowhere'", "--model ./nowhere: no such folder"),
