@@ -472,7 +472,7 @@ def _first_of_train(ref_store: Path, chat_template: Path | str | None, layout: s
 @click.option("--num-gpus", type=click.IntRange(min=1), default=1, show_default=True, help="For the expected times.")
 @click.option("--tokens-per-batch", type=click.IntRange(min=1), default=16384, show_default=True, help="As for precompute.")
 @click.option("--num-workers", type=click.IntRange(min=1), help="Processes.  [default: one per core where it pays]")
-@click.option("--png", type=click.Path(path_type=Path), help="The histogram.  [default: runs/analyze/<dataset>.png]")
+@click.option("--png", type=click.Path(path_type=Path), help="The histogram.  [default: runs/analyze/NAME.png, as store/NAME]")
 @click.option("--json", "as_json", is_flag=True, help="The numbers as JSON instead of text.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def analyze_cmd(
@@ -492,12 +492,15 @@ def analyze_cmd(
     with quiet_libraries():
         config = _analyze_config(dataset, **given)
         from precompute.analyze import analyze
-        from precompute.analyze_view import Rates, default_png, describe, plot
+        from precompute.analyze_view import Rates, describe, plot
         from store.bar import bar
 
         with bar("tokenizing", "rows", quiet or as_json) as progress:
             analysis = analyze(config, progress)
-    png = png or default_png(analysis)
+    if png is None:
+        from default_store import default_store, preset_of
+
+        png = Path("runs") / "analyze" / f"{default_store(dataset, preset_of(dataset)).name}.png"
     plot(analysis, png)
     if as_json:
         import json

@@ -10,6 +10,7 @@ import numpy as np
 
 from precompute.analyze import ENOUGH, LOST, Analysis, AtMaxLength
 from store.errors import InputError
+from store.report_pictures import log_scale
 from store.schema import COUNTS
 
 BAR = 48  # columns of the longest bar
@@ -182,9 +183,8 @@ def plot(analysis: Analysis, png: Path) -> None:
                 ha="right",
                 fontsize=8,
             )
-    axes.set(
-        xscale="log", xlabel="tokens", ylabel="pairs", title=f"{Path(analysis.config.name).name}: {analysis.num_pairs:,} pairs"
-    )
+    log_scale(axes)
+    axes.set(xlabel="tokens", ylabel="pairs", title=f"{Path(analysis.config.name).name}: {analysis.num_pairs:,} pairs")
     axes.legend(loc="upper left", fontsize=8)
     try:
         png.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,3 @@ def plot(analysis: Analysis, png: Path) -> None:
         raise InputError(f"cannot be written: {error.strerror}", where=f"--png {png}") from error
     finally:
         pyplot.close(figure)
-
-
-def default_png(analysis: Analysis) -> Path:
-    return Path("runs") / "analyze" / f"{Path(analysis.config.name).stem}.png"

@@ -48,7 +48,7 @@ def _axes(xlabel: str, ylabel: str):
     return figure, axes
 
 
-def _log_scale(axes) -> None:
+def log_scale(axes) -> None:
     """Numbers of tokens as people write them, 2,000 rather than 2 x 10^3."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -79,7 +79,7 @@ def _lengths(connection, max_length: int) -> bytes:
     bins = np.geomspace(max(1, min(values.min() for values in sides)), max(2, max(values.max() for values in sides)) + 1, 50)
     for values, name, color in zip(sides, ("prompt", "chosen", "rejected"), (NEUTRAL, CHOSEN, REJECTED), strict=True):
         axes.hist(values, bins=bins, histtype="step", linewidth=1.6, label=name, color=color)
-    _log_scale(axes)
+    log_scale(axes)
     axes.legend(frameon=False)
     return _png(figure)
 
@@ -116,7 +116,7 @@ def _by_position(connection) -> bytes:
         axes.plot(
             [row[2] for row in mine], [row[4] for row in mine], color=color, linestyle=":", label="lowest tenth below", linewidth=1
         )
-    _log_scale(axes)
+    log_scale(axes)
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
@@ -138,7 +138,7 @@ def _truncation(connection, max_length: int) -> bytes:
         f"this store: {whole[-1]:.1f} %", (max_length, whole[-1]), (4, 8), textcoords="offset points", ha="right", fontsize=9
     )
     axes.set(ylim=(0, 112), yticks=range(0, 101, 20))
-    _log_scale(axes)
+    log_scale(axes)
     return _png(figure)
 
 

@@ -249,6 +249,17 @@ def test_command_line(dataset, tokenizer, tmp_path):
         assert result.exit_code == 2 and message in result.output and len(re.findall("^Error:", result.output, re.MULTILINE)) == 1
 
 
+def test_histograms_of_two_datasets_do_not_share_a_file(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("here/train.jsonl", "there/train.jsonl", "pairs.v1.jsonl", "pairs.v2.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, [conversation(1, "yes")])
+        argv = ["analyze", "--dataset", name, "--tokenizer", str(tokenizer)]
+        assert CliRunner().invoke(cli.main, argv, catch_exceptions=False).exit_code == 0
+    pictures = sorted(file.name for file in (tmp_path / "runs" / "analyze").iterdir())
+    assert pictures == ["here-train.png", "pairs.v1.png", "pairs.v2.png", "there-train.png"]
+
+
 def test_packing_plan_is_what_pack_uses():
     ids = [np.arange(20, dtype=np.int32), np.concatenate([np.arange(12), [99] * 9]).astype(np.int32)]
     sequences = [Sequence(each, 4) for each in ids]
