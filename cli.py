@@ -322,6 +322,9 @@ def identity_options(command):
     metavar="INTEGER|auto",
     help="Token budget of one forward pass: bounds its memory. auto: measure, and take the largest that fits.",
 )
+@click.option(
+    "--attn-implementation", help="With --layout padded; packed has its own.  [default: sdpa, or eager where a model has no sdpa]"
+)
 @click.option("--num-workers", type=click.IntRange(min=1), help="Local processes.  [default: one per GPU; 1 without a GPU]")
 @click.option("--quiet", "show", flag_value="nothing", help="No progress.")
 @click.option("--json", "show", flag_value="json", help="Progress and result as JSON lines on stdout.")
@@ -394,6 +397,12 @@ def _completed(dataset: str, **given):
         )
     if given["tokenizer"] is None:
         given["tokenizer"] = given["model"]
+    if given["layout"] == "packed" and given.get("attn_implementation") is not None:
+        raise InputError(
+            "the packed layout brings its own attention",
+            where=f"--attn-implementation {given['attn_implementation']}",
+            next="Leave it out, or use --layout padded.",
+        )
     if "://" in str(given["ref_store"]).replace(":/", "://", 1):
         raise InputError(
             "is written in a local folder",
@@ -596,7 +605,14 @@ def _analyze_config(dataset: str, model: str | None, **given):
 @click.option("--gradient-accumulation-steps", type=click.IntRange(min=1), help="Instead of --effective-batch-size.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="[default: the store's]")
 @click.option("--layout", type=click.Choice(["packed", "padded"]), default="packed", show_default=True, help="padded: stock TRL.")
-@click.option("--attn-implementation", default="sdpa", show_default=True, help="With --layout padded; packed has its own.")
+@click.option(
+    "--attn-implementation", help="With --layout padded; packed has its own.  [default: sdpa, or eager where a model has no sdpa]"
+)
+@click.option(
+    "--router-aux-loss-coef",
+    type=click.FloatRange(min=0),
+    help="Weight of a mixture of experts' load-balancing loss.  [default: none; TRL's is the model's own]",
+)
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="[default: on]")
 @click.option("--torch-compile", is_flag=True, help="With --layout padded only.")
 @click.option("--seed", type=int, default=42, show_default=True)
@@ -958,6 +974,7 @@ def _rescore(ref_store: Path, model: str, revision: str | None, config: str, num
     from precompute.attention import refuse_without_kernels
     from precompute.model import load_model, weights_sha256
     from precompute.rescore import TOLERANCE, rescore
+    from precompute.self_test import self_test
     from store.errors import StoreError
     from store.reader import open_store
     from store.schema import SUMS_ONLY
@@ -971,6 +988,7 @@ def _rescore(ref_store: Path, model: str, revision: str | None, config: str, num
     loaded = load_model(model, revision=revision, dtype=identity.dtype, device=where)
     checked = (("weights", weights_sha256(loaded), identity.weights_sha256), ("configuration", config, identity.config_sha256))
     others = [what for what, now, stored in checked if now != stored]
+    click.echo(self_test(loaded, identity.dtype, layout=layout))
     result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
     of = "completion's mean" if identity.scorer_version == SUMS_ONLY else "token"
     click.echo(

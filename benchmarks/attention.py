@@ -75,7 +75,7 @@ def main() -> None:
         layout = PackedLayout(branches, tensors[0].device)
 
         def attend(tensors=tensors, layout=layout):
-            attention.attend(torch.nn.Identity(), *tensors, None, sliding_window=args.window, packed_layout=layout)
+            attention.attend(torch.nn.Identity(), *tensors, attention.PackedMask(layout, args.window))
 
         with torch.inference_mode():
             kernel = best(attend)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Olmo3Config
 
 from precompute import attention
-from precompute.attention import PackedLayout, packed_attention
+from precompute.attention import PackedLayout, PackedMask, packed_attention
 from precompute.norms import fused_norms
 from precompute.packing import Branch
 
@@ -74,7 +74,9 @@ def count(model: torch.nn.Module, fused: bool) -> Traffic:
     attention._attend_cpu = lambda query, *_: query.transpose(1, 2)  # a GPU's is one kernel, counted by its products
     layout = PackedLayout((Branch(0, TOKENS, ()),), hidden.device)
     with torch.inference_mode(), packed_attention(model), fused_norms(model) if fused else nullcontext(), Traffic() as traffic:
-        model.base_model.layers[0](hidden, position_embeddings=embeddings, position_ids=positions, packed_layout=layout)
+        model.base_model.layers[0](
+            hidden, position_embeddings=embeddings, position_ids=positions, attention_mask=PackedMask(layout, None)
+        )
     return traffic
 
 

@@ -1,18 +1,26 @@
 """Attention over a packed row, as a transformers attention implementation named `refdpo_packed`.
 
-Each branch sees its context and itself, causally, and within the layer's sliding window if it has one. On a GPU this is one
-`torch.nn.attention.varlen.varlen_attn` call per layer: flash attention that ships with PyTorch, bottom-right causal, which is what a branch
-over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) when scoring in float32; with gradients, or in another dtype,
-PyTorch's flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps. No mask matrix exists.
+Each branch sees its context and itself, causally, and within the layer's sliding window if it has one. Which of these a layer has is read from
+the mask that the model asks transformers for, as its plain forward does, and never from an argument that the plain forward ignores.
+On a GPU this is one `torch.nn.attention.varlen.varlen_attn` call per layer: flash attention that ships with PyTorch, bottom-right causal, which
+is what a branch over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) when scoring in float32; with gradients, or
+in another dtype, PyTorch's flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps.
+What these kernels lack (soft-capped scores, sinks on a CPU, float32 or wide heads on a GPU) is computed block by block. No mask matrix of a
+whole row exists.
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from precompute import kernels
 from precompute.packing import Branch, PackedBatch
@@ -20,8 +28,14 @@ from store.errors import InputError
 
 NAME = "refdpo_packed"
 
-WINDOWED_BLOCK = 256
-"""Queries per call where attention needs a mask (a sliding window on the CPU, float32 on a GPU); bounds the mask to 256 x (256 + window), or 256 x keys."""
+BLOCK = 256
+"""Queries per call where attention is computed block by block; bounds what exists at a time to 256 x (256 + window), or 256 x keys."""
+
+WIDEST_FLASH_HEAD = 256
+"""Channels per head that a GPU's flash attention takes at most; it takes multiples of 8 only."""
+
+HARMLESS = {"position_ids", "cache_position", "position_embeddings", "output_attentions", "use_cache", "sliding_window"}
+"""Arguments of the attention interface that say nothing about the scores or the mask; a window is read from the mask."""
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -35,6 +49,7 @@ class PackedLayout:
         stretches = [(*branch.context, (branch.start, branch.stop)) for branch in branches]
         gather = np.concatenate([np.arange(start, stop) for parts in stretches for start, stop in parts])
         self.branches = branches
+        self.num_tokens = sum(num_queries)
         self.paths = kernels.Paths(branches)
         self.max_queries, self.max_keys = max(num_queries), max(num_keys)
         self.cu_queries = torch.tensor(np.cumsum([0, *num_queries]), dtype=torch.int32, device=device)
@@ -43,71 +58,179 @@ class PackedLayout:
         self.gather = None if len(gather) == sum(num_queries) else torch.from_numpy(gather).to(device)
 
 
+@dataclass(frozen=True)
+class PackedMask:
+    """Stands where a mask matrix would: the packed row, and how many keys a query of these layers sees at most, its own included (None: all).
+
+    It reaches every layer as an argument, so gradient checkpointing keeps it, and layers that pass on nothing else pass on this.
+    """
+
+    layout: PackedLayout
+    window: int | None
+
+    def __getitem__(self, part: object) -> "PackedMask":
+        """Itself, for the whole of it, which Gemma 4 takes before some of its layers. Raises TypeError for less."""
+        whole = part if isinstance(part, tuple) else (part,)
+        if not all(isinstance(each, slice) and not each.start and each.stop is None and each.step is None for each in whole):
+            raise TypeError(f"a part of a {type(self).__name__}: {part}")
+        return self
+
+
+_row: ContextVar[PackedLayout | None] = ContextVar("packed row", default=None)
+
+
+def packed_mask(*, mask_function: Callable, local_size: int | None = None, **_) -> PackedMask:
+    """transformers' mask interface: the mask of the packed row that is being computed, for the layers that `mask_function` is for.
+
+    Raises InputError for a mask that is neither causal nor causal within a sliding window: chunks, blocks, bidirectional parts.
+    """
+    layout = _row.get()
+    if layout is None:
+        raise RuntimeError(f"{NAME} was called outside packed_hidden()")
+    window = None if mask_function is causal_mask_function else local_size
+    if mask_function is not causal_mask_function and not _is_causal_within(mask_function, window):
+        raise InputError(
+            "the packed layout cannot run this model: its mask is neither causal nor a sliding window",
+            where="the mask that it asks transformers for",
+            next="Use --layout padded.",
+        )
+    return PackedMask(layout, window)
+
+
+def _is_causal_within(mask_function: Callable, window: int | None) -> bool:
+    """Whether a query sees itself and the `window` - 1 keys before it, or all of them (None): tried around and beyond the window."""
+    edge = BLOCK if window is None else window
+    queries = torch.tensor([0, 1, edge // 2, edge - 1, edge, edge + 1, edge + edge // 2, 2 * edge + 1])[:, None]
+    keys = torch.arange(2 * edge + 4)[None]
+    expected = (keys <= queries) & (queries - keys < (edge if window is not None else 2 * edge + 4))
+    first = torch.zeros((), dtype=torch.long)
+    try:
+        found = mask_function(first, first, queries, keys)
+    except (IndexError, RuntimeError):  # it looks things up for each token of the row
+        return False
+    return torch.is_tensor(found) and torch.equal(found.cpu().expand_as(expected), expected)
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: PackedMask,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    packed_layout: PackedLayout | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D], in their dtype.
+    """transformers' attention interface: query [1, H, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, H, Dv], in their dtype.
 
-    Raises InputError for attention that this function does not compute (soft-capping, sinks, biases, dropout): never approximates it.
+    softcap: scores s become softcap tanh(s / softcap) (Gemma 2, arXiv 2408.00118, section 2). s_aux: a sink of each head [H], one more entry of
+    the softmax that no value belongs to (gpt-oss, arXiv 2508.10925, section 2.2).
+    Raises InputError for attention that this function does not compute (other arguments, masks or shapes): never approximates it.
     """
-    if packed_layout is None:
-        raise RuntimeError(f"{NAME} was called without packed_layout: use packed_attention() around the forward and pass it")
-    foreign = sorted(name for name in ("softcap", "s_aux", "position_bias", "alibi") if kwargs.get(name) is not None)
-    if foreign or dropout:
+    foreign = sorted(name for name, given in kwargs.items() if name not in HARMLESS and _changes_scores(given))
+    if dropout:
+        foreign.append("attention dropout")
+    if not isinstance(attention_mask, PackedMask):
+        foreign.append("a mask that the model makes itself")
+    elif query.shape[0] != 1 or key.shape[2] != query.shape[2] or query.shape[2] != attention_mask.layout.num_tokens:
+        foreign.append("attention to anything but the row itself")
+    if foreign:
         raise InputError(
-            f"the packed layout does not compute {', '.join(foreign) or 'attention dropout'}",
+            f"the packed layout does not compute {', '.join(foreign)}",
             where=type(module).__name__,
             next="Use --layout padded for this model.",
         )
-    if query.device.type == "cpu":
-        return _attend_cpu(query, key, value, scaling, sliding_window, packed_layout), None
-    if query.dtype == torch.float32:
-        return _attend_masked(query, key, value, scaling, sliding_window, packed_layout), None
-    return _attend_cuda(query, key, value, scaling, sliding_window, packed_layout), None
+    layout, window = attention_mask.layout, attention_mask.window
+    width, value_width = query.shape[-1], value.shape[-1]
+    scaling = width**-0.5 if scaling is None else scaling
+    sinks = None if s_aux is None else s_aux.reshape(-1)
+    on_gpu = query.device.type != "cpu"
+    # Kernels want keys and values of one width, a GPU's in steps of 8. Zeros add nothing to a product; those of the result are cut off.
+    common = max(width, value_width)
+    common = -(-common // 8) * 8 if on_gpu else common
+    query, key, value = (
+        each if each.shape[-1] == common else F.pad(each, (0, common - each.shape[-1])) for each in (query, key, value)
+    )
+    if softcap is not None or (on_gpu and (query.dtype == torch.float32 or common > WIDEST_FLASH_HEAD)):
+        out = _attend_in_blocks(query, key, value, scaling, window, layout, softcap=softcap, sinks=sinks)
+    elif on_gpu:
+        out = _attend_cuda(query, key, value, scaling, window, layout, sinks)
+    elif sinks is not None:
+        out = _attend_in_blocks(query, key, value, scaling, window, layout, sinks=sinks)
+    else:
+        out = _attend_cpu(query, key, value, scaling, window, layout)
+    return out[..., :value_width], None
 
 
-def _attend_cuda(query, key, value, scaling, sliding_window, layout: PackedLayout) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _changes_scores(given: object) -> bool:
+    return torch.is_tensor(given) or (isinstance(given, (int, float)) and not isinstance(given, bool) and given != 0)
 
+
+def _attend_cuda(query, key, value, scaling, window, layout: PackedLayout, sinks=None) -> torch.Tensor:
     # [1, H, T, D] -> [T, H, D]; a window of W keys, the query's own included, is W - 1 to the left.
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if layout.gather is not None:
         key, value = key.index_select(0, layout.gather), value.index_select(0, layout.gather)
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        layout.cu_queries,
-        layout.cu_keys,
-        layout.max_queries,
-        layout.max_keys,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[None]
+    if sinks is not None:
+        return _VarlenWithSinks.apply(query, key, value, sinks, scaling, window, layout)[None]
+    return _varlen(query, key, value, scaling, window, layout)[None]
 
 
-def _attend_cpu(query, key, value, scaling, sliding_window, layout: PackedLayout) -> torch.Tensor:
+def _varlen(query, key, value, scaling, window, layout: PackedLayout, **options):
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = (layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys)
+    left = -1 if window is None else window - 1
+    grouped = query.shape[1] != key.shape[1]
+    return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(left, 0), enable_gqa=grouped, **options)
+
+
+class _VarlenWithSinks(torch.autograd.Function):
+    """`varlen_attn` with a sink per head: query [T, H, D], key and value [K, Hkv, D], sinks [H] -> [T, H, D].
+
+    Forward: with the log-sum-exp l of the scores and the sink s, every weight becomes smaller by exp(l) / (exp(l) + exp(s)). Backward: flash
+    attention's gradient is right for the part of the softmax that has values when it is given the whole's output and log-sum-exp, for then its
+    probabilities are those of the whole softmax; a sink's own gradient is its probability times (0 - the sum over channels of grad and out).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, scaling, window, layout):
+        from torch.nn.attention.varlen import AuxRequest
+
+        out, lse = _varlen(query, key, value, scaling, window, layout, return_aux=AuxRequest(lse=True))
+        # The kernel's log-sum-exps are [H, T].
+        out = out * torch.sigmoid(lse - sinks.float()[:, None]).T[..., None].to(out.dtype)
+        whole = torch.logaddexp(lse, sinks.float()[:, None])
+        ctx.save_for_backward(query, key, value, sinks, out, whole)
+        ctx.scaling, ctx.window, ctx.layout = scaling, window, layout
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, sinks, out, whole = ctx.saved_tensors
+        left = -1 if ctx.window is None else ctx.window - 1
+        lengths = (ctx.layout.cu_queries, ctx.layout.cu_keys, ctx.layout.max_queries, ctx.layout.max_keys)
+        unused = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # the state of dropout
+        grads = torch.ops.torch_attn._varlen_attn_backward(
+            grad.contiguous(), query, key, value, out, whole, *lengths, left == -1, unused, ctx.scaling, [left, 0]
+        )
+        of_sinks = -(torch.exp(sinks.float()[:, None] - whole) * (grad.float() * out.float()).sum(dim=-1).T).sum(dim=1)
+        return *grads, of_sinks.to(sinks.dtype), None, None, None
+
+
+def _attend_cpu(query, key, value, scaling, window, layout: PackedLayout) -> torch.Tensor:
     if query.dtype == torch.float32 and torch.is_inference_mode_enabled():
-        return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=sliding_window)
+        return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=window)
     results = []
     for branch in layout.branches:
         own = slice(branch.start, branch.stop)
         q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
         context_k, context_v = (_stretches(tensor, branch.context) for tensor in (key, value))
-        if sliding_window is not None and branch.num_context + branch.stop - branch.start > sliding_window:
+        if window is not None and branch.num_context + branch.stop - branch.start > window:
             path_k, path_v = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
-            result = _attend_windowed(q, path_k, path_v, scaling, sliding_window)
+            result = _in_blocks(q, path_k, path_v, scaling, window)
         elif branch.context:
             result = _ContextAndBranch.apply(q, context_k, context_v, k, v, scaling)
         else:
@@ -146,37 +269,57 @@ def _stretches(tensor: torch.Tensor, stretches: tuple[tuple[int, int], ...]) -> 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) if parts else tensor[:, :, :0]
 
 
-def _attend_windowed(q, k, v, scaling, window: int | None) -> torch.Tensor:
-    """q: the last positions of the path whose keys are k; each sees itself and the window - 1 keys before it, or all (None)."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    window = num_keys if window is None else window
-    results = []
-    for start in range(0, num_queries, WINDOWED_BLOCK):
-        stop = min(start + WINDOWED_BLOCK, num_queries)
-        first, last = num_keys - num_queries + start, num_keys - num_queries + stop  # the block's place among the keys
-        oldest = max(0, first - window + 1)
-        distance = torch.arange(first, last, device=q.device)[:, None] - torch.arange(oldest, last, device=q.device)[None, :]
-        visible = (distance >= 0) & (distance < window)
-        block = (q[:, :, start:stop], k[:, :, oldest:last], v[:, :, oldest:last])
-        results.append(
-            F.scaled_dot_product_attention(*block, attn_mask=visible, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        )
-    return torch.cat(results, dim=2)
-
-
-def _attend_masked(query, key, value, scaling, sliding_window, layout: PackedLayout) -> torch.Tensor:
-    """For float32 on a GPU, which its flash attention does not take: masked attention per branch, right and slow."""
+def _attend_in_blocks(query, key, value, scaling, window, layout: PackedLayout, softcap=None, sinks=None) -> torch.Tensor:
+    """What no kernel computes: branch by branch, block by block, right and slow."""
     results = []
     for branch in layout.branches:
         stretches = (*branch.context, (branch.start, branch.stop))
         path_k, path_v = (_stretches(tensor, stretches) for tensor in (key, value))
         own = query[:, :, branch.start : branch.stop]
-        results.append(_attend_windowed(own, path_k, path_v, scaling, sliding_window).transpose(1, 2))
+        results.append(_in_blocks(own, path_k, path_v, scaling, window, softcap, sinks).transpose(1, 2))
     return torch.cat(results, dim=1)
 
 
-# transformers makes no mask for a name without one of its own (AttentionMaskInterface), nor looks, at the cost of a wait, for packed positions.
+def _in_blocks(q, k, v, scaling, window: int | None, softcap=None, sinks=None) -> torch.Tensor:
+    """q: the last positions of the path whose keys are k; each sees itself and the window - 1 keys before it, or all (None)."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    window = num_keys if window is None else window
+    results = []
+    for start in range(0, num_queries, BLOCK):
+        stop = min(start + BLOCK, num_queries)
+        first, last = num_keys - num_queries + start, num_keys - num_queries + stop  # the block's place among the keys
+        oldest = max(0, first - window + 1)
+        distance = torch.arange(first, last, device=q.device)[:, None] - torch.arange(oldest, last, device=q.device)[None, :]
+        visible = (distance >= 0) & (distance < window)
+        block = (q[:, :, start:stop], k[:, :, oldest:last], v[:, :, oldest:last])
+        if softcap is None and sinks is None:
+            results.append(
+                F.scaled_dot_product_attention(*block, attn_mask=visible, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+            )
+        elif torch.is_grad_enabled():  # a block's scores exist for its own backward only
+            results.append(checkpoint(_softmax_block, *block, visible, scaling, softcap, sinks, use_reentrant=False))
+        else:
+            results.append(_softmax_block(*block, visible, scaling, softcap, sinks))
+    return torch.cat(results, dim=2)
+
+
+def _softmax_block(q, k, v, visible, scaling, softcap, sinks) -> torch.Tensor:
+    """Attention by its definition, the softmax in float32: q [1, H, n, D], k and v [1, Hkv, m, D], visible [n, m], sinks [H] -> [1, H, n, D]."""
+    _, num_heads, num_queries, width = q.shape
+    grouped = q.reshape(k.shape[1], -1, width)  # neighbouring query heads share a key head
+    scores = (grouped @ k[0].transpose(1, 2)).view(num_heads, num_queries, -1).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, num_queries, 1)], dim=2)
+    weights = scores.softmax(dim=-1)[..., : k.shape[2]].to(v.dtype)
+    return (weights.reshape(k.shape[1], -1, k.shape[2]) @ v[0]).view(1, num_heads, num_queries, width)
+
+
+# `eager`, `sdpa` and so on build mask matrices; ours needs none.
 AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, packed_mask)
 
 
 def refuse_unpackable(model: PreTrainedModel) -> None:
@@ -189,6 +332,8 @@ def refuse_unpackable(model: PreTrainedModel) -> None:
         reason = "its attention does not go through transformers' attention interface"
     elif kinds:
         reason = f"it has {', '.join(sorted(kinds))} layers"
+    elif model._is_stateful:
+        reason = "its layers carry a state from token to token"
     if reason is not None:
         raise InputError(
             f"the packed layout cannot run this model: {reason}", where=type(model).__name__, next="Use --layout padded."
@@ -220,7 +365,7 @@ def refuse_without_kernels(device: torch.device, dtype: str) -> None:
 
 @contextmanager
 def packed_attention(model: PreTrainedModel):
-    """Let `model` attend with `attend` inside the block; its forward then needs `packed_layout=`. Restores what it had.
+    """Let `model` attend with `attend` inside the block, by `packed_hidden`. Restores what it had.
 
     Raises InputError for an architecture that cannot be packed.
     """
@@ -235,10 +380,29 @@ def packed_attention(model: PreTrainedModel):
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Last hidden states [T, D] of a packed row, on the model's device and in its dtype. The model must attend with `attend` (packed_attention)."""
+    return packed_outputs(model, batch).last_hidden_state[0]
+
+
+def packed_outputs(model: PreTrainedModel, batch: PackedBatch, **options):
+    """What the model's body returns for a packed row; `options` go to its forward."""
     device = model.device
-    return model.base_model(
-        input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
-        position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
-        packed_layout=PackedLayout(batch.branches, device),
-        use_cache=False,
-    ).last_hidden_state[0]
+    row = _row.set(PackedLayout(batch.branches, device))
+    try:
+        return model.base_model(
+            input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
+            position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
+            # Without it transformers would look for sequences in the positions, and wait for the device to do so.
+            attention_mask=torch.ones(1, len(batch.input_ids), dtype=torch.long, device=device),
+            use_cache=False,
+            **options,
+        )
+    except (AttributeError, TypeError) as error:
+        if PackedMask.__name__ not in str(error):
+            raise
+        raise InputError(
+            f"the packed layout cannot run this model: it computes with its attention mask ({error})",
+            where=type(model).__name__,
+            next="Use --layout padded.",
+        ) from error
+    finally:
+        _row.reset(row)

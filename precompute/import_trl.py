@@ -17,6 +17,7 @@ from precompute.packing import Sequence
 from precompute.pairs import Pair, tokenize_rows
 from precompute.rescore import TOLERANCE
 from precompute.scoring import score
+from precompute.self_test import self_test
 from precompute.shard import shard_of
 from precompute.worker import PrecomputeConfig, load_inputs
 from store.command import Command
@@ -54,6 +55,7 @@ def import_trl(
             found=f"{len(cached):,}",
             next="Pass the dataset, split, tokenizer, template and --max-length that TRL was given.",
         )
+    self_test(model, config.dtype, layout="padded", tokens_per_batch=1)
     _check_numbers(model, config.dtype, pairs, cached, num_pairs, cache)
     command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
     prepare_store(config.ref_store, identity, command)

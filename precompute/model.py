@@ -39,9 +39,13 @@ def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Pat
 
 
 def load_model(
-    name: str, *, revision: str | None, dtype: str, device: torch.device, attn_implementation: str = "sdpa"
+    name: str, *, revision: str | None, dtype: str, device: torch.device, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """The causal language model in evaluation mode on `device`. Raises InputError, also when a weight is missing from the checkpoint."""
+    """The causal language model in evaluation mode on `device`. Raises InputError, also when a weight is missing from the checkpoint.
+
+    `attn_implementation`: of the plain forward, by transformers' name. None: PyTorch's scaled dot product attention (sdpa), or eager where
+    transformers has no other for this architecture, which `attention_notice` says.
+    """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -64,8 +68,22 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def attention_notice(model: PreTrainedModel, asked: str | None) -> str | None:
+    """A line for the user where nothing was asked for and transformers has no scaled dot product attention for this model."""
+    found = model.config._attn_implementation
+    if asked is not None or found == "sdpa":
+        return None
+    return f"{type(model).__name__} has no sdpa attention in transformers: its plain forward runs with {found}"
+
+
 def _not_loadable(what: str, name: str, revision: str | None, error: Exception) -> InputError:
     detail = " ".join(str(error).split())
+    if "attention implementation" in detail:
+        return InputError(
+            f"{what} {name} does not run with this attention: {detail[:200]}",
+            where="--attn-implementation",
+            next="Leave it out: what the model has is then taken.",
+        )
     at = f" at revision {revision}" if revision else ""
     return InputError(
         f"no {what} can be loaded{at}: {type(error).__name__}: {detail[:300]}",

@@ -25,6 +25,8 @@ def fused_norms(model: PreTrainedModel):
             kind = type(module)
             if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module):  # not what somebody else replaced
                 continue
+            if getattr(module, "weight", None) is None:  # a class may make some with a weight and some without
+                continue
             if kind not in same:
                 same[kind] = _is_plain(module)
             if same[kind]:
@@ -42,8 +44,8 @@ def _epsilon(module: torch.nn.Module) -> float | None:
 
 def _is_plain(module: torch.nn.Module) -> bool:
     """Whether it computes weight * x / sqrt(mean(x^2) + epsilon) and nothing else; some architectures multiply by 1 + weight. Tried, in float32."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 1 or _epsilon(module) is None or len(inspect.signature(module.forward).parameters) != 1:
+    weight = module.weight
+    if weight.dim() != 1 or _epsilon(module) is None or len(inspect.signature(module.forward).parameters) != 1:
         return False
     with torch.inference_mode():
         wave = torch.arange(1.0, len(weight) + 1, device=weight.device).sin()

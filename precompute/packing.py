@@ -65,11 +65,13 @@ class PackedBatch:
     targets: np.ndarray  # int64 [N], ... this token
     members: np.ndarray  # int64 [K], indices into the list of sequences that was packed
     slots: tuple[np.ndarray, ...]  # K times int64 [num_scored]
+    places: tuple[np.ndarray, ...]  # K times int64, where each of the sequence's computed tokens lies in the row
 
 
-def pack(sequences: list[Sequence], tokens_per_batch: int) -> Iterator[PackedBatch]:
+def pack(sequences: list[Sequence], tokens_per_batch: int, *, whole: bool = False) -> Iterator[PackedBatch]:
     """Yield batches of at most `tokens_per_batch` model tokens that together hold every sequence once.
 
+    `whole`: with the last token of each sequence too, for a model in which it changes what the others give (its RoPE follows the length).
     A sequence longer than the budget gets a batch of its own: it cannot be split. Raises ValueError for a sequence without
     a prompt token (its first token has no context) or without a completion.
     """
@@ -78,19 +80,25 @@ def pack(sequences: list[Sequence], tokens_per_batch: int) -> Iterator[PackedBat
             raise ValueError(
                 f"a sequence needs a prompt and a completion, not {sequence.num_prompt} + {sequence.num_scored} tokens"
             )
-    for batch in plan([sequence.ids for sequence in sequences], tokens_per_batch):
-        yield _batch(sequences, batch)
+    computed = [sequence.ids if whole else sequence.ids[:-1] for sequence in sequences]
+    for batch in _plan(computed, tokens_per_batch):
+        yield _batch(sequences, computed, batch)
 
 
 def plan(ids: list[np.ndarray], tokens_per_batch: int) -> Iterator[list[tuple[int, int]]]:
     """Steps 1 to 3: batches of (index, tokens shared with the predecessor). The model computes len(ids[index]) - 1 - shared for each."""
-    order = sorted(range(len(ids)), key=lambda i: ids[i][:-1].astype(">u4").tobytes())
+    yield from _plan([each[:-1] for each in ids], tokens_per_batch)
+
+
+def _plan(ids: list[np.ndarray], tokens_per_batch: int) -> Iterator[list[tuple[int, int]]]:
+    """Steps 1 to 3 for the tokens that the model computes."""
+    order = sorted(range(len(ids)), key=lambda i: ids[i].astype(">u4").tobytes())
     batch: list[tuple[int, int]] = []
     used = keys = 0
     for previous, index in zip([None, *order], order, strict=False):
-        shared = 0 if previous is None else common_prefix(ids[previous][:-1], ids[index][:-1])
+        shared = 0 if previous is None else common_prefix(ids[previous], ids[index])
         shared = shared if shared >= MIN_SHARED else 0
-        length = len(ids[index]) - 1
+        length = len(ids[index])
         if batch and (used + length - shared > tokens_per_batch or keys + length > KEYS_PER_TOKEN * tokens_per_batch):
             yield batch
             batch, used, keys, shared = [], 0, 0, 0
@@ -108,22 +116,22 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def _batch(sequences: list[Sequence], batch: list[tuple[int, int]]) -> PackedBatch:
-    input_ids, position_ids, branches, predictors, targets = [], [], [], [], []
+def _batch(sequences: list[Sequence], computed: list[np.ndarray], batch: list[tuple[int, int]]) -> PackedBatch:
+    input_ids, position_ids, branches, predictors, targets, places = [], [], [], [], [], []
     path: list[tuple[int, int]] = []  # stretches of the packed row that hold the current sequence, from its first token on
     used = 0
     for index, shared in batch:
         sequence = sequences[index]
-        length = len(sequence.ids) - 1
+        length = len(computed[index])
         path = _first(path, shared)
         if length > shared:
             branches.append(Branch(used, used + length - shared, tuple(path)))
             path = [*path, (used, used + length - shared)]
-        input_ids.append(sequence.ids[shared:-1])
+        input_ids.append(computed[index][shared:])
         position_ids.append(np.arange(shared, length))
         used += length - shared
-        places = np.concatenate([np.arange(start, stop) for start, stop in path])  # packed position of each of its tokens
-        predictors.append(places[sequence.num_prompt - 1 :])
+        places.append(np.concatenate([np.arange(start, stop) for start, stop in path]))
+        predictors.append(places[-1][sequence.num_prompt - 1 : len(sequence.ids) - 1])
         targets.append(sequence.ids[sequence.num_prompt :])
 
     # One score per distinct (predictor, target): branches that share completion tokens share their scores.
@@ -138,6 +146,7 @@ def _batch(sequences: list[Sequence], batch: list[tuple[int, int]]) -> PackedBat
         targets=keys & 0xFFFFFFFF,
         members=np.array([index for index, _ in batch]),
         slots=tuple(np.split(inverse, ends[:-1])),
+        places=tuple(places),
     )
 
 

@@ -7,7 +7,7 @@ architectures that `packed` refuses.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from precompute.attention import packed_attention, packed_hidden
 from precompute.cpu import fast_on_cpu, linear
+from precompute.head import head_of
 from precompute.kernels import log_sum_exp
 from precompute.norms import fused_norms
 from precompute.packing import PackedBatch, Sequence, pack
-from store.errors import InputError
+from precompute.rope import together
 
 SCORER_VERSION = 1
 """Part of a store's identity: raised when a change here or in pairs.py changes what is scored or in what precision. Kernels differ in the last
@@ -58,15 +59,20 @@ def score_batches(
     model: PreTrainedModel, sequences: list[Sequence], *, layout: Layout, tokens_per_batch: int
 ) -> Iterator[ScoredBatch]:
     """As `score`, batch by batch in an order of its own, so that a caller can show progress."""
-    if layout == "padded":
-        for indices in _padded_batches(sequences, tokens_per_batch):
-            members = [sequences[index] for index in indices]
-            yield ScoredBatch(
-                np.array(indices), score_padded(model, members), len(members) * max(len(each.ids) for each in members)
-            )
-        return
+    for group in together(model, sequences):
+        members = [sequences[index] for index in group.members]
+        scored = (
+            _packed(model, members, tokens_per_batch, group.whole)
+            if layout == "packed"
+            else _padded(model, members, tokens_per_batch)
+        )
+        for batch in scored:
+            yield replace(batch, members=group.members[batch.members])
+
+
+def _packed(model: PreTrainedModel, sequences: list[Sequence], tokens_per_batch: int, whole: bool) -> Iterator[ScoredBatch]:
     with ready_to_score(model):
-        batches = pack(sequences, tokens_per_batch)
+        batches = pack(sequences, tokens_per_batch, whole=whole)
         batch = next(batches, None)
         while batch is not None:
             scores = score_packed(model, batch)
@@ -76,9 +82,17 @@ def score_batches(
             batch = following
 
 
+def _padded(model: PreTrainedModel, sequences: list[Sequence], tokens_per_batch: int) -> Iterator[ScoredBatch]:
+    for indices in _padded_batches(sequences, tokens_per_batch):
+        members = [sequences[index] for index in indices]
+        num_model_tokens = len(members) * max(len(each.ids) for each in members)
+        yield ScoredBatch(np.array(indices), score_padded(model, members), num_model_tokens)
+
+
 @contextmanager
 def ready_to_score(model: PreTrainedModel):
     """Inside the block `model` runs packed rows, with what makes it fast. Raises InputError for an architecture that cannot be packed."""
+    head_of(model)  # measured by a plain forward
     with packed_attention(model), fast_on_cpu(model), fused_norms(model):
         yield
 
@@ -86,14 +100,13 @@ def ready_to_score(model: PreTrainedModel):
 @torch.inference_mode()
 def score_packed(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Float32 [N] on the model's device: log p(target | everything up to its predictor). Inside `ready_to_score(model)` only."""
-    refuse_unusual_head(model)
     predictors, targets = (torch.from_numpy(each).to(model.device) for each in (batch.predictors, batch.targets))
     return _head_logps(model, packed_hidden(model, batch), predictors, targets)
 
 
 def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """hidden [T, D], predictors and targets int64 [N] -> float32 [N]. Logits exist only for the completion, a tile at a time."""
-    head = model.get_output_embeddings()
+    head, after = model.get_output_embeddings(), head_of(model)
     num_rows, num_entries = HEAD_TILE[hidden.device.type]
     logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), num_rows):
@@ -103,7 +116,8 @@ def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.
         log_sums = []
         for first in range(0, head.weight.shape[0], num_entries):
             entries = slice(first, first + num_entries)
-            logits = linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries]).float()
+            products = linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries])
+            logits = after.logits(products.float())
             log_sums.append(log_sum_exp(logits) if logits.device.type == "cpu" else logits.logsumexp(dim=1))
             # By selection, not by a mask as index: that would make a GPU's queue run dry at every tile, for the mask's count.
             place = target - first
@@ -111,31 +125,6 @@ def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.
             target_logits = torch.where((place >= 0) & (place < logits.shape[1]), found, target_logits)
         logps[rows] = target_logits - torch.stack(log_sums).logsumexp(dim=0)
     return logps
-
-
-def refuse_unusual_head(model: PreTrainedModel) -> None:
-    """InputError for a model whose forward does more to the logits than the head's product."""
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        found = type(model.get_output_embeddings()).__name__
-        raise InputError(
-            "the packed layout needs a linear head", where=type(model).__name__, found=found, next="Use --layout padded."
-        )
-    config = model.config.get_text_config()
-    neutral = {
-        "final_logit_softcapping": None,
-        "logit_scale": 1.0,
-        "output_multiplier": 1.0,
-        "lm_head_multiplier": 1.0,
-        "logits_scaling": 1.0,
-    }
-    for name, nothing in neutral.items():
-        value = getattr(config, name, None)
-        if value is not None and value != nothing:
-            raise InputError(
-                f"the packed layout does not apply {name}={value}",
-                where=type(model).__name__,
-                next="Use --layout padded for this model.",
-            )
 
 
 def _padded_batches(sequences: list[Sequence], tokens_per_batch: int) -> Iterator[list[int]]:

@@ -33,6 +33,7 @@ from precompute.columns import ColumnOptions
 from precompute.cpu import give_back_freed_memory, keep_freed_memory
 from precompute.dataset import Rows, check_and_fingerprint, load_rows
 from precompute.model import (
+    attention_notice,
     chat_template_sha256,
     config_sha256,
     load_model,
@@ -44,8 +45,10 @@ from precompute.model import (
 from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, Show
+from precompute.rope import refuse_dynamic
 from precompute.scoring import SCORER_VERSION, Layout, score_batches
 from precompute.sealed import checkpoint_stamp, is_complete, weights_known
+from precompute.self_test import self_test
 from precompute.shard import shard_of
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
@@ -55,10 +58,6 @@ from store.folder import missing_shards, prepare_store
 from store.manifest import MAX_SHARDS, Identity, Manifest, ShardReport, manifest_path
 from store.seal import seal
 from store.shard import part_name, publish_shard
-
-SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-"""Largest mean |packed - plain| over the self-test's tokens, nats. About 100 times the noise of float32 (1e-5) and twice what SmolLM2 shows
-per token in bfloat16; an architecture that `packed` gets wrong is off by whole nats."""
 
 ROWS_CHECKED_AT_A_TIME = 64
 
@@ -98,6 +97,8 @@ class PrecomputeConfig:
     # speed: recorded, never compared
     layout: Layout = "packed"
     tokens_per_batch: int | Literal["auto"] = 16384
+    attn_implementation: str | None = None
+    """Of the padded layout; None: precompute/model.py decides."""
     show: Show = "text"
     """What is printed meanwhile: precompute/progress.py."""
 
@@ -128,12 +129,17 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         if config.show == "text" and process.local_rank == 0:
             print(f"{config.ref_store}: sealed already, nothing to score", file=sys.stderr)
         return Manifest.load(manifest_path(config.ref_store))
-    if config.layout == "packed":
-        self_test(model, config.dtype)
+    says = config.show == "text" and process.local_rank == 0
+    if says and (notice := attention_notice(model, config.attn_implementation)) is not None:
+        print(notice, file=sys.stderr)
+    budget = 16384 if config.tokens_per_batch == "auto" else config.tokens_per_batch
+    tested = self_test(model, config.dtype, layout=config.layout, tokens_per_batch=budget)
+    if says:
+        print(tested, file=sys.stderr)
     if config.tokens_per_batch == "auto":
         budget = largest_budget(model, layout=config.layout, max_length=config.max_length, num_workers=process.world)
         config = replace(config, tokens_per_batch=budget)
-        if config.show == "text" and process.local_rank == 0:
+        if says:
             print(f"--tokens-per-batch auto: {budget:,}", file=sys.stderr)
 
     provenance = {
@@ -141,6 +147,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "host": socket.gethostname(),
         "device": _device_name(where),
         "tokens_per_batch": config.tokens_per_batch,
+        "attn_implementation": model.config._attn_implementation,
         "versions": versions(),
     }
     progress = Progress(config.ref_store, identity, process, config.show)
@@ -222,7 +229,13 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
         tokenizer_hash = background.submit(tokenizer_sha256, tokenizer)
         model = None
         if known_weights is None:
-            model = load_model(config.model, revision=config.revision, dtype=config.dtype, device=where)
+            model = load_model(
+                config.model,
+                revision=config.revision,
+                dtype=config.dtype,
+                device=where,
+                attn_implementation=config.attn_implementation,
+            )
         if checked is not None:
             if wait([checked], timeout=LONG_CHECK_S).not_done and config.show == "text":
                 print(f"checking all {len(rows):,} rows before any is scored", file=sys.stderr)
@@ -278,29 +291,6 @@ def _set_at_the_end(event: Event) -> Iterator[None]:
         event.set()
 
 
-def self_test(model: PreTrainedModel, dtype: str) -> None:
-    """Score a few random pairs in both layouts. InputError if they disagree: `packed` would be wrong for this architecture."""
-    from precompute.packing import Sequence
-    from precompute.scoring import score
-
-    generator = np.random.default_rng(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = generator.integers(0, vocabulary, 12)  # long enough to be shared, short because every start waits for it
-    completions = [generator.integers(0, vocabulary, 8) for _ in range(3)]
-    sequences = [Sequence(np.concatenate([prompt, completion]).astype(np.int32), len(prompt)) for completion in completions]
-    packed, padded = (
-        np.concatenate(score(model, sequences, layout=layout, tokens_per_batch=4096)) for layout in ("packed", "padded")
-    )
-    difference = float(np.abs(packed - padded).mean())
-    if not difference <= SELF_TEST_TOLERANCE[dtype]:  # also true for NaN
-        raise InputError(
-            f"the packed layout disagrees with this architecture's own forward by {difference:.2g} nats per token",
-            where=type(model).__name__,
-            expected=f"at most {SELF_TEST_TOLERANCE[dtype]} in {dtype}",
-            next="Use --layout padded for this model (if the difference is nan, the model itself fails in this dtype).",
-        )
-
-
 def _check_fits(model: PreTrainedModel, num_tokens: int, config: PrecomputeConfig) -> None:
     text_config = model.config.get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
@@ -308,6 +298,7 @@ def _check_fits(model: PreTrainedModel, num_tokens: int, config: PrecomputeConfi
         raise InputError(
             "longer than the model's context", where=f"--max-length {config.max_length}", expected=f"at most {longest}"
         )
+    refuse_dynamic(model, config.max_length)
     if num_tokens > model.get_input_embeddings().weight.shape[0]:
         raise InputError(
             "the tokenizer has more tokens than the model",

@@ -62,6 +62,26 @@ def test_gradients_equal_the_plain_forward(kind, gpu_path):
         torch.testing.assert_close(packed[name], expected, atol=1e-4 * scale, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("window", [None, 24])
+def test_sinks_by_log_sum_exps_are_one_more_entry_of_the_softmax(window, gpu_path):
+    """Flash attention's output made smaller, and its gradient given the whole's log-sum-exps, against the softmax written out."""
+    generator = torch.Generator().manual_seed(0)
+    (batch,) = pack(pairs(seed=1), 100_000)
+    layout = attention.PackedLayout(batch.branches, torch.device("cpu"))
+    results = {}
+    for attend in (attention._attend_cuda, attention._attend_in_blocks):
+        generator.manual_seed(0)
+        shapes = [(1, heads, layout.num_tokens, 16) for heads in (4, 2, 2)]
+        given = [torch.randn(shape, generator=generator).requires_grad_() for shape in (*shapes, (4,))]
+        out = attend(*given[:3], 0.3, window, layout, sinks=given[3])
+        (out * torch.randn(out.shape, generator=generator)).sum().backward()
+        results[attend] = [out.detach(), *(each.grad for each in given)]
+    assert gpu_path == {"forward": 1, "backward": 1}
+    for by_flash, written_out in zip(*results.values(), strict=True):
+        assert written_out.abs().max() > 0.1
+        torch.testing.assert_close(by_flash, written_out, atol=1e-5 * written_out.abs().max().item(), rtol=1e-4)
+
+
 def gradients(model):
     """Of a randomly weighed sum of the completions' log-probs, for every parameter: from one packed row, and from a plain forward of each
     sequence alone. Two responses and a third one share each prompt."""

@@ -138,10 +138,11 @@ def test_links_and_files_named_exist():
             "traits",
             "column_kinds",
             "refuse_unpackable",
-            "refuse_unusual_head",
-            "score_packed",
+            "head_of",
+            "packed_mask",
+            "LENGTH_NAME",
+            "UNUSUAL",
             "LOSS_TYPES",
-            "CONFIGS",
             "OTHER_TOKENS",
         )
     }.items():

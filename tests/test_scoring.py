@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from precompute import attention
 from precompute.attention import packed_attention, packed_hidden
@@ -59,6 +59,43 @@ def test_both_layouts_equal_the_plain_forward(kind, tokens_per_batch, layout):
     assert max(np.ptp(logps) for logps in scored) > 5  # the model is not flat, so agreement means something
 
 
+@pytest.mark.parametrize("kind", tiny.UNUSUAL)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_what_llama_does_not_do(kind, layout):
+    """Together in one batch, shorter and longer than every length at which the model changes."""
+    model = tiny.make_unusual(kind)
+    sequences = pairs(seed=3)
+    scored = score(model, sequences, layout=layout, tokens_per_batch=100_000)
+    for sequence, logps in zip(sequences, scored, strict=True):
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+    assert max(np.ptp(logps) for logps in scored) > 2
+
+
+@pytest.mark.parametrize(("length", "rope"), [(64, "short"), (65, "long"), (66, "long")])
+def test_longrope_changes_with_the_last_token(length, rope):
+    """The last token predicts nothing, but with it the sequence is longer than the original context of 64."""
+    model = tiny.make_unusual("phi3")
+    ids = np.random.default_rng(0).integers(2, 384, length).astype(np.int32)
+    (logps,) = score(model, [Sequence(ids, 12)], layout="packed", tokens_per_batch=1000)
+    np.testing.assert_allclose(logps, plain(model, Sequence(ids, 12)), atol=TOLERANCE, rtol=0)
+    (shorter,) = score(model, [Sequence(ids[:60], 12)], layout="packed", tokens_per_batch=1000)
+    assert (np.abs(shorter - logps[: len(shorter)]).max() < TOLERANCE) == (rope == "short")
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_rope_that_follows_the_longest_row_of_the_past_is_refused(layout):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**(tiny.SMALL | {"max_position_embeddings": 64}), rope_parameters=rope)
+    ).eval()
+    sequences = pairs(seed=3)
+    with pytest.raises(InputError, match="dynamic.*--max-length 64"):
+        score(model, sequences, layout=layout, tokens_per_batch=1000)
+    short = [Sequence(each.ids[:64], min(each.num_prompt, 63)) for each in sequences if len(each.ids) > 1]
+    for sequence, logps in zip(short, score(model, short, layout=layout, tokens_per_batch=1000), strict=True):
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+
+
 def test_the_head_in_tiles(monkeypatch):
     """Tiles that cut the completion and the vocabulary unevenly."""
     monkeypatch.setattr("precompute.scoring.HEAD_TILE", {"cpu": (37, 100)})
@@ -72,7 +109,7 @@ def test_the_head_in_tiles(monkeypatch):
 def test_the_forward_of_training_on_a_cpu(kind, block, monkeypatch):
     """Outside inference PyTorch's kernels run, which have gradients. Branches longer than one block of windowed attention, and windows that end
     inside prompt, context and branch."""
-    monkeypatch.setattr("precompute.attention.WINDOWED_BLOCK", block)
+    monkeypatch.setattr("precompute.attention.BLOCK", block)
     model = tiny.make_model(kind)
     sequences = pairs(seed=5, num=3, longest=200)
     (batch,) = pack(sequences, 100_000)
@@ -86,7 +123,7 @@ def test_the_forward_of_training_on_a_cpu(kind, block, monkeypatch):
 @pytest.mark.parametrize("kind", ["qwen2", "olmo3"])
 def test_masked_attention_for_float32_on_gpus(kind, monkeypatch):
     """The path that GPUs take in float32, here on the CPU."""
-    monkeypatch.setattr("precompute.attention._attend_cpu", attention._attend_masked)
+    monkeypatch.setattr("precompute.attention._attend_cpu", attention._attend_in_blocks)
     model = tiny.make_model(kind)
     sequences = pairs(seed=11, longest=60)
     for sequence, logps in zip(sequences, score(model, sequences, layout="packed", tokens_per_batch=400), strict=True):
@@ -116,8 +153,4 @@ def test_architectures_that_packing_gets_wrong_are_refused():
     model = tiny.make_model("llama")
     model.config.layer_types = ["full_attention", "linear_attention", "full_attention", "full_attention"]
     with pytest.raises(InputError, match="linear_attention.*--layout padded"):
-        score(model, pairs(0), layout="packed", tokens_per_batch=100)
-    model = tiny.make_model("llama")
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(InputError, match="final_logit_softcapping.*--layout padded"):
         score(model, pairs(0), layout="packed", tokens_per_batch=100)

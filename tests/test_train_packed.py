@@ -1,5 +1,6 @@
 """The packed layout trains what stock TRL trains: loss, metrics and gradients of a step, whole runs, and runs that are resumed."""
 
+import copy
 import json
 import math
 import os
@@ -12,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, make_model
+from tiny import CONFIGS, EXPERTS, SMALL, make_model
 from train_setup import make_world
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
@@ -214,11 +215,30 @@ def test_bfloat16_is_as_close_to_float32_as_in_the_padded_layout(kind):
         assert ours < 1.1 * theirs
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_experts_train_as_in_trl(kind, coefficient):
+    """With the routers' auxiliary loss too, which counts every token of every sequence: shared prompts twice, last tokens as well."""
+    batch = batch_of(np.random.default_rng(0), 6)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | EXPERTS)))
+    results = {}
+    for packed in (False, True):
+        model = copy.deepcopy(plain)
+        add_fused_lm_head(model)
+        if packed:
+            pack_policy(model, ("log_probs",))
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels, "use_cache": False}
+        output = model(**given, fused_lm_head=True, **({"output_router_logits": True} if coefficient else {}))
+        (output.log_probs.sum() + (coefficient * output.aux_loss if coefficient else 0)).backward()
+        results[packed] = [output.log_probs.detach(), *([output.aux_loss.detach()] if coefficient else [])]
+        results[packed] += [each.grad for each in model.parameters()]
+    for ours, theirs in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * max(theirs.abs().max().item(), 1e-3))
+
+
 def test_what_cannot_be_packed_is_refused_with_the_advice():
-    model = make_model("llama")
-    model.config.output_router_logits = True
-    with pytest.raises(InputError, match="router's auxiliary loss.*--layout padded"):
-        pack_policy(model, ("log_probs",))
     model = make_model("llama")
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(InputError, match="linear_attention layers.*--layout padded"):
@@ -278,7 +298,7 @@ def test_the_dealing_in_the_docstring():
 def test_flops_by_hand():
     """Body 10 weights, head 5, width 2; prompt 3, chosen 2, rejected 1. Tokens 6, scored 3. Visible keys without a window: 1+2+3 of the prompt,
     4+5 and 4 of the completions = 19; with a window of 2: 1+2+2, 2+2, 2 = 11. Forward 2*10*6 + 2*5*3 + 4*2*(19+11) = 390, three times that."""
-    flops = PairFlops(body=10, head=5, width=2, windows=(None, 2))
+    flops = PairFlops(body=10, head=5, widths=(2, 2), windows=(None, 2))
     assert flops.of_pairs(np.array([3]), np.array([2]), np.array([1])).tolist() == [1170]
 
 
@@ -298,7 +318,7 @@ def test_flops_of_a_model_are_its_products():
 def test_speed_counts_pairs_and_knows_a_gpus_peak(monkeypatch):
     """A chosen of 3 + 2 and a rejected of 3 + 1 tokens in rows of 5: 9 tokens, 6 packed, 10 padded."""
     monkeypatch.setattr("train.speed.peak_flops", lambda device, dtype: 1e6)
-    speed = Speed(PairFlops(10, 5, 2, (None, 2)), torch.device("cpu"), torch.bfloat16)
+    speed = Speed(PairFlops(10, 5, (2, 2), (None, 2)), torch.device("cpu"), torch.bfloat16)
     attention = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     completion = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]])
     speed.count(attention, completion)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+from precompute.head import head_of
 from precompute.packing import MIN_SHARED, Sequence, pack
 from precompute.pairs import tokenize_rows
 from precompute.scoring import score_batches
@@ -78,6 +79,7 @@ def test_the_model_sees_no_padding_and_the_head_no_prompt(demo_pairs):
     """What runs, not what was planned: rows of the embedding and of the head's product, seen by the model itself."""
     model = tiny.make_model("llama")
     sequences = [sequence for pair in demo_pairs[:12] for sequence in pair.sequences]
+    head_of(model)  # once per model, by a forward of two tokens
     embedded, head = [], []
     handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: embedded.append(out.shape[:-1].numel()))
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     Olmo3Config,
@@ -53,6 +54,63 @@ CONFIGS = {
     # three of four layers slide, as in OLMo 3, over less than the sequences of the tests
     "olmo3": lambda: Olmo3Config(**SMALL, sliding_window=24, tie_word_embeddings=False),
 }
+
+
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + index for index in range(8)],
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+UNUSUAL = {
+    "gemma2": {"head_dim": 16, "sliding_window": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 24, **EXPERTS},
+    "deepseek_v3": MLA,
+    "phi3": {"sliding_window": None, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 2,
+        "shared_expert_intermediate_size": 32,
+        **EXPERTS,
+    },
+    "granite": {"logits_scaling": 3.0},
+    "nemotron": {"head_dim": 16},
+}
+"""What Llama does not do, on top of SMALL: soft-capped scores and logits; sinks; values narrower than keys; RoPE that follows the row; a sliding
+window that stands in the mask alone; scaled logits; layers that pass on no arguments."""
+
+
+def make_unusual(kind: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """As make_model, of one of UNUSUAL, with its own plain attention. `changes` of its configuration."""
+    config = AutoConfig.for_model(kind, **(SMALL | UNUSUAL[kind] | changes))
+    torch.manual_seed(seed)
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, **plain).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(
+            torch.randn_like(parameter) * 0.15 if parameter.dim() > 1 else parameter + 0.3 * torch.randn_like(parameter)
+        )
+    return model
 
 
 def make_model(kind: str, seed: int = 0) -> PreTrainedModel:

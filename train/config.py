@@ -101,7 +101,10 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 42
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None
+    """Of the padded layout, by transformers' name; None: sdpa, or eager where an architecture has no other."""
+    router_aux_loss_coef: float | None = None
+    """Weight of a mixture of experts' load-balancing loss; None: none. TRL's default is the model's own."""
     gradient_checkpointing: bool = True
     torch_compile: bool = False
     """In the padded layout only: torch.compile cannot trace how a micro-batch is packed, and would compile each arrangement anew."""
@@ -223,7 +226,7 @@ class TrainConfig:
                 "belongs to --policy", where="--revision", next="Without --policy the store's model and revision are used."
             )
         _require_one_of(self.layout, LAYOUTS, "--layout")
-        if self.layout == "packed" and self.attn_implementation != "sdpa":
+        if self.layout == "packed" and self.attn_implementation is not None:
             raise InputError(
                 "the packed layout brings its own attention",
                 where=f"--attn-implementation {self.attn_implementation}",

@@ -39,8 +39,8 @@ class PairFlops:
     body: int
     """Weights of the linear layers below the head."""
     head: int
-    width: int
-    """Query heads x head dimension."""
+    widths: tuple[int, ...]
+    """Query heads x head dimension of each layer."""
     windows: tuple[int | None, ...]
     """Of each layer: keys a query sees at most, its own included; None: all before it."""
 
@@ -51,13 +51,12 @@ class PairFlops:
         if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             return None
         linear = [module.weight.numel() for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
         return cls(
             body=sum(linear),
             head=model.get_output_embeddings().weight.numel(),
-            width=config.num_attention_heads * head_dim,
+            widths=_widths(model),
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
         )
 
@@ -65,10 +64,21 @@ class PairFlops:
         """Forward and backward of each pair: numbers of tokens [pairs] -> float64 [pairs]."""
         prompt, chosen, rejected = (np.asarray(counts, np.float64) for counts in (prompt, chosen, rejected))
         forward = 2 * self.body * (prompt + chosen + rejected) + 2 * self.head * (chosen + rejected)
-        for window in self.windows:
+        for window, width in zip(self.windows, self.widths, strict=True):
             visible = _visible(prompt + chosen, window) + _visible(prompt + rejected, window) - _visible(prompt, window)
-            forward += 4 * self.width * visible
+            forward += 4 * width * visible
         return 3 * forward
+
+
+def _widths(model: PreTrainedModel) -> tuple[int, ...]:
+    """What goes into each layer's output projection; where a model calls it otherwise, what its configuration says of all layers."""
+    config = model.config.get_text_config()
+    projections = [module for name, module in model.base_model.named_modules() if name.endswith((".o_proj", ".out_proj"))]
+    found = [module.in_features for module in projections if isinstance(module, torch.nn.Linear)]
+    if len(found) == config.num_hidden_layers:
+        return tuple(found)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (config.num_attention_heads * head_dim,) * config.num_hidden_layers
 
 
 def _visible(length: np.ndarray, window: int | None) -> np.ndarray:

@@ -10,13 +10,15 @@ import types
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from precompute.attention import NAME, packed_hidden, refuse_unpackable
+from precompute.attention import NAME, packed_outputs, refuse_unpackable
 from precompute.cpu import use_fast_linears
+from precompute.head import head_of
 from precompute.packing import Sequence, pack
-from precompute.scoring import refuse_unusual_head
+from precompute.rope import together
 from store.errors import InputError
 
 VOCABULARY_TILE = {"cpu": 2048, "cuda": 32768}
@@ -29,13 +31,7 @@ PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 def refuse_unpackable_policy(model: PreTrainedModel) -> None:
     """InputError for an architecture that cannot be packed."""
     refuse_unpackable(model)
-    refuse_unusual_head(model)
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise InputError(
-            "the packed layout does not compute the router's auxiliary loss",
-            where=type(model).__name__,
-            next="Use --layout padded.",
-        )
+    head_of(model)
 
 
 def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
@@ -55,17 +51,25 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
                 where=padded_forward.__qualname__,
                 next="Use --layout padded for what needs logits.",
             )
-        return packed_forward(self, input_ids, attention_mask, labels, outputs)
+        with_routers = bool(kwargs.get("output_router_logits"))
+        return packed_forward(self, input_ids, attention_mask, labels, outputs, with_routers=with_routers)
 
     model.forward = types.MethodType(forward, model)
 
 
 def packed_forward(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, outputs: tuple[str, ...]
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    outputs: tuple[str, ...],
+    *,
+    with_routers: bool = False,
 ) -> FusedCausalLMOutput:
     """input_ids, attention_mask, labels [B, L], right-padded, labels -100 outside the completion -> TRL's output with values [B, L - 1].
 
     Position i holds what predicts token i + 1, zero where nothing is predicted. Differentiable in the model's parameters.
+    `with_routers`: also the auxiliary loss of a mixture of experts, as TRL computes it: over every token of every sequence.
     """
     device = input_ids.device
     ids = input_ids.cpu().numpy()
@@ -74,22 +78,46 @@ def packed_forward(
     sequences = [
         Sequence(row[:length].astype(np.int32), prompt) for row, length, prompt in zip(ids, lengths, num_prompts, strict=True)
     ]
-    (batch,) = pack(sequences, tokens_per_batch=sum(lengths))
-    hidden = packed_hidden(model, batch)
-    head = model.get_output_embeddings()
-    predicting, targets = hidden[torch.from_numpy(batch.predictors).to(device)], torch.from_numpy(batch.targets).to(device)
-    temperature, softcapping, scale = 1.0, None, 1.0  # refuse_unusual_head
-    values = ChunkedLogProbFunction.apply(
-        predicting, head.weight, head.bias, targets, temperature, VOCABULARY_TILE[device.type], softcapping, scale, outputs
-    )
-
     width = input_ids.shape[1] - 1
-    places = [index * width + np.arange(sequences[index].num_prompt - 1, len(sequences[index].ids) - 1) for index in batch.members]
-    places = torch.from_numpy(np.concatenate(places)).to(device)
-    slots = torch.from_numpy(np.concatenate(batch.slots)).to(device)
+    predicting, targets, places, slots, routers = [], [], [], [], []
+    num_targets = 0
+    for group in together(model, sequences):  # one, but for models whose RoPE follows the row
+        members = [sequences[index] for index in group.members]
+        (batch,) = pack(members, tokens_per_batch=sum(lengths), whole=group.whole or with_routers)
+        row = packed_outputs(model, batch, **({"output_router_logits": True} if with_routers else {}))
+        predicting.append(row.last_hidden_state[0][torch.from_numpy(batch.predictors).to(device)])
+        targets.append(batch.targets)
+        for index, of_member in zip(group.members[batch.members], batch.slots, strict=True):
+            places.append(index * width + np.arange(sequences[index].num_prompt - 1, len(sequences[index].ids) - 1))
+            slots.append(of_member + num_targets)
+        num_targets += len(batch.targets)
+        if with_routers:
+            every = torch.from_numpy(np.concatenate(batch.places)).to(device)  # a shared token counts for each sequence that has it
+            routers.append([logits.view(-1, logits.shape[-1])[every] for logits in row.router_logits])
+    head, after = model.get_output_embeddings(), head_of(model)
+    temperature = 1.0
+    values = ChunkedLogProbFunction.apply(
+        torch.cat(predicting),
+        head.weight,
+        head.bias,
+        torch.from_numpy(np.concatenate(targets)).to(device),
+        temperature,
+        VOCABULARY_TILE[device.type],
+        after.softcap,
+        after.scale,
+        outputs,
+    )
+    at, taken = (torch.from_numpy(np.concatenate(each)).to(device) for each in (places, slots))
     placed = {
-        name: None if value is None else value.new_zeros(len(ids) * width).index_copy(0, places, value[slots]).view(len(ids), width)
+        name: None if value is None else value.new_zeros(len(ids) * width).index_copy(0, at, value[taken]).view(len(ids), width)
         for name, value in zip(PER_TOKEN, values, strict=True)
     }
+    aux_loss = None
+    if with_routers:
+        config = model.config.get_text_config()
+        layers = tuple(torch.cat(layer) for layer in zip(*routers, strict=True))
+        aux_loss = load_balancing_loss_func(layers, config.num_experts, config.num_experts_per_tok)
     mask = labels[:, 1:] != -100
-    return FusedCausalLMOutput(loss=-placed["log_probs"].sum() / mask.sum().clamp(min=1), label_mask=mask, aux_loss=None, **placed)
+    return FusedCausalLMOutput(
+        loss=-placed["log_probs"].sum() / mask.sum().clamp(min=1), label_mask=mask, aux_loss=aux_loss, **placed
+    )

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 import torch.distributed
 from torch.utils.cpp_extension import get_default_build_root
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 from trl import DPOConfig
 
 import devices
 from launch import Process, launched
 from precompute.attention import refuse_without_kernels
-from precompute.model import load_model, load_tokenizer
+from precompute.model import attention_notice, load_model, load_tokenizer
+from precompute.rope import refuse_dynamic, refuse_mixed
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
 from store.errors import InputError
@@ -41,11 +42,11 @@ from train.config import TrainConfig, beta_notice
 from train.data import dataset_of, lengths_of
 from train.interrupt import CheckpointAndStop, anyone_told, evaluation_is_due
 from train.outlook import describe, outlook
-from train.packed import refuse_unpackable_policy
 from train.plan import plan, refuse_folder
 from train.progress import ProgressLines
 from train.record import TrainResult
 from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, write_whole
+from train.self_test import self_test_policy
 from train.speed import PHASES
 from train.trainer import LogLastStep, StoreDPOTrainer
 
@@ -108,8 +109,14 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         device=args.device,
         attn_implementation=config.attn_implementation,
     )
-    if config.layout == "packed":
-        refuse_unpackable_policy(model)
+    if (unusual := attention_notice(model, config.attn_implementation)) is not None:
+        say(unusual)
+    if config.layout == "padded":
+        refuse_mixed(model, np.concatenate([lengths.prompt + lengths.chosen, lengths.prompt + lengths.rejected]))
+    refuse_dynamic(model, int(lengths.longer.max(initial=0)))
+    say(str(self_test_policy(model, policy.dtype, config.layout)))
+    if (routers := router_notice(model, config)) is not None:
+        say(routers)
     if checkpoint is not None:
         say(f"resuming from {checkpoint}; the gate looks at {policy.name}, from which that run started")
     report = gate.check(
@@ -255,6 +262,24 @@ def join(process: Process) -> None:
     environ["MASTER_PORT"] = str(_free_port() if process.world == 1 else 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
 
 
+def router_notice(model: PreTrainedModel, config: TrainConfig) -> str | None:
+    """A line where TRL would add a mixture of experts' load-balancing loss by itself. InputError for a coefficient that a model has no use for."""
+    text = model.config.get_text_config()
+    if not hasattr(text, "output_router_logits"):
+        if config.router_aux_loss_coef:
+            raise InputError(
+                "this model returns no router's logits, so there is no auxiliary loss",
+                where=f"--router-aux-loss-coef {config.router_aux_loss_coef:g}",
+                found=type(model).__name__,
+                next="Leave it out.",
+            )
+        return None
+    own = getattr(text, "router_aux_loss_coef", 0.0)
+    if config.router_aux_loss_coef is not None or not own:
+        return None
+    return f"the loss is DPO's alone; TRL would add {own:g} times the routers' load-balancing loss (--router-aux-loss-coef {own:g})"
+
+
 def dpo_config(
     config: TrainConfig, dtype: str, max_length: int, accumulation: int, engine_options: dict | None = None
 ) -> DPOConfig:
@@ -280,6 +305,7 @@ def dpo_config(
         beta=config.beta,
         label_smoothing=config.label_smoothing,
         use_weighting=config.use_weighting,
+        router_aux_loss_coef=config.router_aux_loss_coef or 0.0,
         ld_alpha=config.ld_alpha,
         max_length=max_length,
         # the store has what these are about

@@ -26,7 +26,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
-from store.errors import InputError
 from train import dropout
 from train.balance import RELATE_PAIRS, BalancedSampler, Shape
 from train.data import Lengths
@@ -73,12 +72,6 @@ class StoreDPOTrainer(DPOTrainer):
         """Chosen tokens per micro-batch, on average over this step's micro-batches of all ranks."""
         self.speed = Speed(PairFlops.of(model), args.device, model.dtype)
         if lengths is not None:
-            if self.aux_loss_enabled:
-                raise InputError(
-                    "the packed layout does not compute the router's auxiliary loss",
-                    where=type(model).__name__,
-                    next="Use --layout padded.",
-                )
             pack_policy(model, *outputs)
 
     def get_train_sampler(self) -> Sampler:

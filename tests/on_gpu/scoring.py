@@ -18,6 +18,7 @@ from precompute.model import weights_sha256
 from precompute.packing import pack
 from precompute.scoring import ready_to_score, score, score_packed
 from precompute.worker import self_test
+from train.self_test import self_test_policy
 
 DEVICE = torch.device("cuda", torch.cuda.device_count() - 1)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -63,6 +64,21 @@ def test_gradients_of_a_packed_row_are_those_of_its_sequences(kind, dtype):
         assert packed[name].device == DEVICE
         difference = (packed[name].float() - expected.float()).norm() / expected.float().norm()
         assert difference < bound, f"{name}: {difference:.2g}"
+
+
+@pytest.mark.parametrize(
+    "dtype", ("bfloat16", "float32")
+)  # PyTorch's CPU kernels, which a made-up GPU uses, lack a softmax from float16
+@pytest.mark.parametrize("kind", tiny.UNUSUAL)
+def test_kinds_that_llama_is_not(kind, dtype):
+    """Against the CPU's plain forward; training's self-test compares gradients on this device with the plain ones."""
+    model = tiny.make_unusual(kind).to(getattr(torch, dtype)).to(DEVICE)
+    sequences = pairs(seed=5, num=4)
+    self_test(model, dtype)
+    self_test_policy(model, dtype, "packed")
+    expected = np.concatenate(score(tiny.make_unusual(kind), sequences, layout="padded", tokens_per_batch=1))
+    found = np.concatenate(score(model, sequences, layout="packed", tokens_per_batch=TOKENS_PER_BATCH))
+    assert np.abs(found - expected).mean() < 4 * NOISE[dtype]  # now against float32, and granite's logits are large
 
 
 # ---- what only made-up GPUs show

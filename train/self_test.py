@@ -1,0 +1,123 @@
+"""Before training: does the policy's forward, packed or padded, give the log-probs and gradients of each sequence alone?
+
+The gate (gate.py) compares the plain forward with the store. This compares what is trained with the plain forward: the model as precompute's
+self-test does, and on its small twin the gradients too.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from precompute.attention import packed_attention
+from precompute.cpu import use_fast_linears
+from precompute.head import head_of
+from precompute.packing import Sequence
+from precompute.rope import together
+from precompute.scoring import Layout
+from precompute.self_test import SelfTest, alone_logps, compare, made_up
+from precompute.twin import twin_of
+from store.errors import InputError
+from train.packed import packed_forward, refuse_unpackable_policy
+
+GRADIENT_TOLERANCE = 1e-3
+"""Largest |difference| of a gradient's entry on the twin in float32, as a share of the tensor's largest. Measured where it is right: 1e-5."""
+
+ADVICE = {
+    "packed": "Use --layout padded for this model.",
+    "padded": "Its padded batches mix their rows, so no batch of pairs gives it the log-probs that its reference has.",
+}
+
+
+def self_test_policy(model: PreTrainedModel, dtype: str, layout: Layout) -> SelfTest:
+    """Raises InputError where the forward that will be trained disagrees with the plain one of each sequence alone."""
+    forward = _packed if layout == "packed" else _padded
+    if layout == "packed":
+        refuse_unpackable_policy(model)
+
+    def compute(any_model: PreTrainedModel, sequences: list[Sequence]) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [each.float().cpu().numpy() for each in forward(any_model, sequences)]
+
+    seen = compare(model, dtype, compute, what=f"{layout} training", advice=ADVICE[layout])
+    if (twin := twin_of(model)) is not None:
+        difference = _gradients_differ(twin.model, made_up([7, 40, *(edge + 9 for edge in twin.lengths)], twin.model), forward)
+        if not difference <= GRADIENT_TOLERANCE:
+            raise InputError(
+                f"the gradients of {layout} training differ from this architecture's own by {difference:.2g} of their size, in float32 on a"
+                " small random model of its kind",
+                where=type(model).__name__,
+                expected=f"at most {GRADIENT_TOLERANCE:g}",
+                next=ADVICE[layout],
+            )
+    return seen
+
+
+def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward: Callable) -> float:
+    """Of a randomly weighted sum of all log-probs, in every parameter: the largest difference as a share of the tensor's largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(sequence.num_scored, generator=generator).to(model.device) for sequence in sequences]
+    model.requires_grad_(True)
+    found = []
+    for compute in (forward, lambda any_model, each: [alone_logps(any_model, sequence) for sequence in each]):
+        model.zero_grad()
+        sum((weight * logps).sum() for weight, logps in zip(weights, compute(model, sequences), strict=True)).backward()
+        found.append([None if each.grad is None else each.grad.clone() for each in model.parameters()])
+    shares = [
+        float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+        for ours, theirs in zip(*found, strict=True)
+        if theirs is not None and ours is not None
+    ]
+    missing = any((ours is None) != (theirs is None) for ours, theirs in zip(*found, strict=True))
+    return float("nan") if missing else max(shares)
+
+
+def _packed(model: PreTrainedModel, sequences: list[Sequence]) -> list[torch.Tensor]:
+    head_of(model)  # measured by a plain forward
+    replaced = use_fast_linears(model)
+    try:
+        with packed_attention(model):
+            values = packed_forward(model, *_as_trl_pads(model, sequences), ("log_probs",)).log_probs
+    finally:
+        for layer in replaced:
+            del layer.forward
+    return [value[_scored(sequence)] for value, sequence in zip(values, sequences, strict=True)]
+
+
+def _padded(model: PreTrainedModel, sequences: list[Sequence]) -> list[torch.Tensor]:
+    """By TRL's own fused head, on sequences that may share a batch."""
+    results: list[torch.Tensor | None] = [None] * len(sequences)
+    kept = vars(model).get("forward")
+    add_fused_lm_head(model, outputs=("log_probs",))
+    try:
+        for group in together(model, sequences):
+            members = [sequences[index] for index in group.members]
+            input_ids, attention_mask, labels = _as_trl_pads(model, members)
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            values = model(**given, use_cache=False, fused_lm_head=True).log_probs
+            for index, value in zip(group.members, values, strict=True):
+                results[index] = value[_scored(sequences[index])]
+    finally:
+        del model.forward
+        if kept is not None:
+            model.forward = kept
+    return results
+
+
+def _scored(sequence: Sequence) -> slice:
+    return slice(sequence.num_prompt - 1, len(sequence.ids) - 1)
+
+
+def _as_trl_pads(model: PreTrainedModel, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """input_ids, attention_mask, labels [B, L] on the model's device."""
+    longest = max(len(sequence.ids) for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.ids)
+        input_ids[row, :length] = torch.from_numpy(sequence.ids.astype(np.int64))
+        attention_mask[row, :length] = 1
+        labels[row, sequence.num_prompt : length] = input_ids[row, sequence.num_prompt : length]
+    return input_ids.to(model.device), attention_mask.to(model.device), labels.to(model.device)
