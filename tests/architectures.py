@@ -272,6 +272,18 @@ KNOWN_AS = {
 }
 """What people call some of them."""
 
+UNFELT = {
+    ("moshi", "sliding_window"): "its code does not read it",
+    ("nemotron_h", "sliding_window"): "its code does not read it",
+    ("olmoe, window in config.json", "sliding_window"): "its plain forward does not use it",
+    ("phi3", "original_max_position_embeddings"): "for RoPE longrope",
+    ("phi4_multimodal", "original_max_position_embeddings"): "for RoPE longrope",
+    ("qwen2, no window", "sliding_window"): "no layer has one",
+    ("qwen3, no window", "sliding_window"): "no layer has one",
+    ("smollm3, no window", "sliding_window"): "no layer has one",
+}
+"""(name, threshold) that changes nothing, and why."""
+
 NOT_MADE = {
     "emu3": "its language model has no folder of its own; the whole model generates pictures",
     "mllama": "its language model has no folder of its own; the whole model is no causal language model",
@@ -302,6 +314,12 @@ def config_of(name: str) -> PreTrainedConfig:
     """The tiny config of a model type or variant."""
     model_type, given = VARIANTS.get(name, (name, {}))
     return tiny_config(model_type, **given)
+
+
+def thresholds(config: PreTrainedConfig) -> list[str]:
+    """The fields of THRESHOLDS that the config of the text has."""
+    text = vars(config.get_text_config())
+    return [name for fields in THRESHOLDS.values() for name in fields.split() if type(text.get(name)) is int and text[name]]
 
 
 def tiny_config(model_type: str, **given) -> PreTrainedConfig:

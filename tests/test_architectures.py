@@ -6,8 +6,8 @@ import models_page
 import pytest
 import torch
 import transformers
-from architectures import NOT_MADE, VARIANTS, names
-from sweep import sweep
+from architectures import NOT_MADE, UNFELT, VARIANTS, config_of, make_model, names, thresholds
+from sweep import plain, sequences, sweep
 
 SHORT = (
     "llama",
@@ -73,3 +73,20 @@ def test_the_page_is_as_it_is_written(expected):
     """No line was changed by hand but one that a sweep will tell."""
     version = re.search(r"transformers (\S+),", models_page.PAGE.read_text()).group(1)
     assert models_page.page(expected, version) == models_page.PAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["olmo3", *(pytest.param(name, marks=pytest.mark.slow) for name in names() if name not in {*NOT_MADE, "olmo3"})]
+)
+def test_a_tiny_model_feels_its_thresholds(name):
+    """A window that changes nothing in a tiny model would let a layout without windows pass."""
+    longest = max(sequences(), key=lambda sequence: len(sequence.ids))
+    with torch.no_grad():
+        expected = plain(make_model(config_of(name)), longest)
+        for field in thresholds(config_of(name)):
+            config = config_of(name)
+            setattr(config.get_text_config(), field, 4 * len(longest.ids))
+            if field == "local_attention":  # ModernBERT's window is half of it
+                config.sliding_window = 2 * len(longest.ids)
+            difference = float((plain(make_model(config), longest) - expected).abs().max())
+            assert (difference > 0.01) != ((name, field) in UNFELT), (field, difference)
