@@ -267,7 +267,8 @@ def identity_options(command):
         click.option(
             "--dataset",
             required=True,
-            help="think | instruct | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md.",
+            multiple=True,
+            help="think | instruct | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md. Repeated: all of them.",
         ),
         click.option("--model", help="Reference model: folder or hub id. Default: the preset's."),
         click.option("--revision", help="Revision of the model on the hub (and of its tokenizer)."),
@@ -362,7 +363,7 @@ def _precompute(config, num_workers: int | None) -> None:
         _report_store(config.ref_store, 0, config.show)
 
 
-def _precompute_config(dataset: str, **given):
+def _precompute_config(dataset: tuple[str, ...], **given):
     """The worker's config: what was given, completed by the preset. InputError names what is missing."""
     preset, options = _completed(dataset, **given)
     if preset is not None and preset.name == "demo" and given["model"] is None:
@@ -377,11 +378,15 @@ def _precompute_config(dataset: str, **given):
     return PrecomputeConfig(preset=preset.name if preset else None, **options)
 
 
-def _completed(dataset: str, **given):
+def _completed(dataset: tuple[str, ...], **given):
     """(the preset or None, the options of precompute completed by it). Imports nothing heavy. InputError names what is missing."""
     from default_store import default_store, preset_of, refuse_taken
     from presets import PRESETS
 
+    several, dataset = dataset, " + ".join(dataset)
+    if twice := next((each for each in several if several.count(each) > 1), None):
+        raise InputError("given twice: its pairs would count twice", where=f"--dataset {twice}", next="Leave one out.")
+    first, *more = names = [each.dataset if (each := preset_of(name)) else name for name in several]
     preset = preset_of(dataset)
     defaults = {"split": "train"}
     if preset is not None:
@@ -410,10 +415,10 @@ def _completed(dataset: str, **given):
             next=f"Make it in a folder, then copy it there: {cli('push', '--ref-store')} … {given['ref_store']}",
         )
     if given["ref_store"] is None:
-        given["ref_store"] = default_store(dataset, preset)
+        given["ref_store"] = default_store(several, preset)
         if preset is None:
-            refuse_taken(given["ref_store"], dataset, given["split"], given["dataset_config"])
-    return preset, given | {"dataset": preset.dataset if preset else dataset}
+            refuse_taken(given["ref_store"], " + ".join(names), given["split"], given["dataset_config"])
+    return preset, given | {"dataset": first, "more_datasets": tuple(more)}
 
 
 def _report_store(path: Path, code: int, show: str = "text") -> None:

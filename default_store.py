@@ -17,11 +17,16 @@ SAYS_NOTHING = re.compile(
 """File and folder names that many datasets share: the folder above names the dataset."""
 
 
-def default_store(dataset: str, preset: Preset | None) -> Path:
-    """A preset's name, else the file's or folder's without its kind: my.pairs.v1.jsonl.gz -> store/my.pairs.v1, prefs/train.parquet ->
-    store/prefs-train, acme/prefs -> store/prefs."""
+def default_store(several: tuple[str, ...], preset: Preset | None) -> Path:
+    """store/NAME for one dataset, store/NAME+NAME for several."""
+    return SHELF / "+".join(_name_of(dataset, preset or preset_of(dataset)) for dataset in several)
+
+
+def _name_of(dataset: str, preset: Preset | None) -> str:
+    """A preset's name, else the file's or folder's without its kind: my.pairs.v1.jsonl.gz -> my.pairs.v1, prefs/train.parquet ->
+    prefs-train, acme/prefs -> prefs."""
     if preset is not None:
-        return SHELF / preset.name
+        return preset.name
     path = Path(dataset.rstrip("/")).expanduser()
     while glob.has_magic(path.name) and not path.exists():
         path = path.parent
@@ -31,7 +36,7 @@ def default_store(dataset: str, preset: Preset | None) -> Path:
     if SAYS_NOTHING.fullmatch(name):
         above = [part for part in path.absolute().parent.parts[1:] if not SAYS_NOTHING.fullmatch(part)]
         name = "-".join([*above[-1:], *([name] if name else [])])
-    return SHELF / (name or "dataset")
+    return name or "dataset"
 
 
 def refuse_taken(store: Path, dataset: str, split: str, config: str | None) -> None:

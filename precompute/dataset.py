@@ -60,11 +60,54 @@ class Selected:
 
     rows: Rows
     indices: Sequence[int]
+    first: int = 0
+    """What the first row of `rows` is called in messages."""
 
     def to_list(self) -> list[dict]:
         """See Rows.to_list."""
         found = self.rows.table.select(self.indices).to_list()
-        return [canonical(_decoded(row), self.rows.options, index) for index, row in zip(self.indices, found, strict=True)]
+        numbered = zip(self.indices, found, strict=True)
+        return [canonical(_decoded(row), self.rows.options, self.first + index) for index, row in numbered]
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """Several datasets, one after another, each in its own layout."""
+
+    parts: tuple[Rows, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def select(self, indices: Iterable[int]) -> "SelectedOfSeveral":
+        """Some rows, to read with `to_list`."""
+        return SelectedOfSeveral(self, tuple(int(index) for index in indices))
+
+    def to_list(self) -> list[dict]:
+        """See Rows.to_list."""
+        return self.select(range(len(self))).to_list()
+
+    def tables(self, rows_at_a_time: int) -> Iterator[pa.Table]:
+        """See Rows.tables."""
+        for part in self.parts:
+            yield from part.tables(rows_at_a_time)
+
+
+@dataclass(frozen=True)
+class SelectedOfSeveral:
+    """Some of the rows of several datasets."""
+
+    rows: JoinedRows
+    indices: tuple[int, ...]
+
+    def to_list(self) -> list[dict]:
+        """See Rows.to_list; in the order of the indices."""
+        found, first = {}, 0
+        for part in self.rows.parts:
+            own = [index - first for index in self.indices if first <= index < first + len(part)]
+            found |= {first + index: row for index, row in zip(own, Selected(part, own, first).to_list(), strict=True)}
+            first += len(part)
+        return [found[index] for index in self.indices]
 
 
 def _decoded(row: dict) -> dict:
@@ -216,13 +259,15 @@ def _named_columns(rows: datasets.Dataset, options: ColumnOptions, source: str) 
     return table
 
 
-def check_and_fingerprint(rows: Rows) -> str:
+def check_and_fingerprint(rows: Rows | JoinedRows) -> str:
     """One pass over all rows: raise InputError for the first malformed one, return the sha256 (hex) of their content.
 
     The hash is over values, not files: it is the same whatever the file format, chunking or library version, and another for any edited,
     swapped or appended row. Columns that are not scored do not count. Where a value can be read in two ways (see `_readings`), the one that
     was chosen counts too.
     """
+    if isinstance(rows, JoinedRows):
+        return hashlib.sha256("".join(f"{_of_part(rows, index)}\n" for index in range(len(rows.parts))).encode()).hexdigest()
     hashes: dict[str, hashlib._Hash] = defaultdict(hashlib.sha256)
     kinds = column_kinds(rows)
     readings: set[str] = set()
@@ -250,6 +295,14 @@ def check_and_fingerprint(rows: Rows) -> str:
     for reading in sorted(readings | _meanings(rows)):
         whole.update(f"{reading}\n".encode())
     return whole.hexdigest()
+
+
+def _of_part(rows: JoinedRows, index: int) -> str:
+    try:
+        return check_and_fingerprint(rows.parts[index])
+    except InputError as error:  # rows are counted from the beginning of their own dataset
+        where = f"--dataset number {index + 1}, {error.where}"
+        raise InputError(error.what, where=where, expected=error.expected, found=error.found, next=error.next) from error
 
 
 def _meanings(rows: Rows) -> set[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from precompute.dataset import ROWS_AT_A_TIME, Rows
+from precompute.dataset import ROWS_AT_A_TIME, JoinedRows, Rows
 from precompute.reading import JSON_SUFFIX
 
 BYTES_PER_TOKEN = 4
@@ -35,7 +35,7 @@ def default_shard_size(num_rows: int) -> int:
     return min(MOST_ROWS, max(FEWEST_ROWS, -(-num_rows // SHARDS)))
 
 
-def shard_costs(rows: Rows, shard_size: int, max_length: int) -> np.ndarray:
+def shard_costs(rows: Rows | JoinedRows, shard_size: int, max_length: int) -> np.ndarray:
     """Estimated cost of each shard, float64 [shards], in bytes of text. One pass over lengths; no text is read."""
     costs = np.zeros(-(-len(rows) // shard_size))
     first_row = 0

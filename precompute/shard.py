@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from precompute.pairs import Pair, TokenizedRows
 from store.manifest import Identity, ShardReport, Unscorable
-from store.schema import SCHEMA
+from store.schema import DATASET, SCHEMA
 
 
 def shard_of(
@@ -30,7 +30,10 @@ def shard_of(
         num_completion_tokens=sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in tokens.pairs),
         model_tokens=model_tokens,
     )
-    return report, _table(tokens.pairs, chosen, rejected)
+    table = _table(tokens.pairs, chosen, rejected)
+    if identity.datasets is not None:
+        table = table.append_column(DATASET, pa.array([identity.dataset_of(pair.row) for pair in tokens.pairs], DATASET.type))
+    return report, table
 
 
 def _table(pairs: list[Pair], chosen: list[np.ndarray], rejected: list[np.ndarray]) -> pa.Table:

@@ -31,7 +31,7 @@ from precompute.budget import largest_budget
 from precompute.clock import Clock
 from precompute.columns import ColumnOptions
 from precompute.cpu import give_back_freed_memory, keep_freed_memory
-from precompute.dataset import Rows, check_and_fingerprint, load_rows
+from precompute.dataset import JoinedRows, Rows, check_and_fingerprint, load_rows
 from precompute.model import (
     attention_notice,
     chat_template_sha256,
@@ -54,8 +54,8 @@ from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
 from store.command import Command
 from store.errors import InputError
-from store.folder import missing_shards, prepare_store
-from store.manifest import MAX_SHARDS, Identity, Manifest, ShardReport, manifest_path
+from store.folder import missing_shards, prepare_store, stored_identity
+from store.manifest import MAX_SHARDS, DatasetPart, Identity, Manifest, ShardReport, manifest_path
 from store.seal import seal
 from store.shard import part_name, publish_shard
 
@@ -88,6 +88,8 @@ class PrecomputeConfig:
     """Rows per shard; None: precompute/plan.py decides by the number of rows."""
     ref_store: Path
     preset: str | None
+    more_datasets: tuple[str, ...] = ()
+    """Further ones, whose rows follow. Split, configuration, limit and columns are asked of each."""
     dataset_config: str | None = None
     """Configuration of a dataset that has several."""
     columns: ColumnOptions = field(default_factory=ColumnOptions)
@@ -125,6 +127,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         keep_freed_memory()  # from here on: what loading took and freed goes back
     command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
     prepare_store(config.ref_store, identity, command)
+    if identity.datasets is not None:  # in the store's own words, should this run spell a path otherwise
+        identity = replace(identity, datasets=stored_identity(config.ref_store).datasets)
     if is_complete(config.ref_store, identity):
         if config.show == "text" and process.local_rank == 0:
             print(f"{config.ref_store}: sealed already, nothing to score", file=sys.stderr)
@@ -208,14 +212,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
     with ThreadPoolExecutor(3) as background, _set_at_the_end(given_up):
         needed = where.type == "cpu" and config.layout == "packed" and known_weights is None
         compiled = background.submit(kernels.library) if needed else None  # takes a second where it is the first time
-        rows = load_rows(
-            config.dataset,
-            split=config.split,
-            config=config.dataset_config,
-            revision=config.dataset_revision,
-            limit=config.limit,
-            options=config.columns,
-        )
+        rows, parts = _load_all(config)
         fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads
         tokenizer = load_tokenizer(
             config.tokenizer,
@@ -251,7 +248,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
             model=config.model,
             revision=config.revision,
             tokenizer=config.tokenizer,
-            dataset=config.dataset,
+            dataset=" + ".join((config.dataset, *config.more_datasets)),
             split=config.split,
             dataset_revision=config.dataset_revision,
             weights_sha256=known_weights or weights_sha256(model),
@@ -267,6 +264,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
             scorer_version=SCORER_VERSION,
             dataset_config=config.dataset_config,
             template_date=config.template_date if clock.asked else None,
+            datasets=parts,
         )
         if compiled is not None:
             compiled.result()
@@ -275,7 +273,26 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
     return rows, tokenizer, model, identity
 
 
-def _check_every_row(rows: Rows, tokenizer, fingerprint: Future, given_up: Event) -> None:
+def _load_all(config: PrecomputeConfig) -> tuple[Rows | JoinedRows, tuple[DatasetPart, ...] | None]:
+    """The rows of the dataset, or of all; and which are whose, where there are several."""
+    names = (config.dataset, *config.more_datasets)
+    found = [
+        load_rows(
+            name,
+            split=config.split,
+            config=config.dataset_config,
+            revision=config.dataset_revision,
+            limit=config.limit,
+            options=config.columns,
+        )
+        for name in names
+    ]
+    if len(found) == 1:
+        return found[0], None
+    return JoinedRows(tuple(found)), tuple(DatasetPart(name, len(part)) for name, part in zip(names, found, strict=True))
+
+
+def _check_every_row(rows: Rows | JoinedRows, tokenizer, fingerprint: Future, given_up: Event) -> None:
     """InputError for a row that cannot be rendered: found now, not after hours. What the columns say comes first, in fewer words."""
     fingerprint.result()
     blocks = (range(first, min(first + ROWS_CHECKED_AT_A_TIME, len(rows))) for first in range(0, len(rows), ROWS_CHECKED_AT_A_TIME))

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from store.manifest import Identity, ShardReport
-from store.schema import SCHEMA, SUMS_ONLY, TOKEN_LOGPS
+from store.schema import SUMS_ONLY, TOKEN_LOGPS, schema_of
 
 SUM_TOLERANCE = 1e-9
 """Difference allowed between a stored sum and the float64 sum of its token values, relative to the sum of their sizes (absolute
@@ -15,8 +15,9 @@ below one nat). Any float64 summation order is far inside it; a float32 sum is f
 
 def problems(table: pa.Table, identity: Identity, report: ShardReport) -> list[str]:
     """What is wrong with a shard's table, in sentences that name row and column; empty when nothing is. One per column and kind."""
-    if not table.schema.equals(SCHEMA):
-        return [_schema_problem(table.schema)]
+    expected = schema_of(identity)
+    if not table.schema.equals(expected):
+        return [_schema_problem(table.schema, expected)]
     table = table.combine_chunks()
     # Versions before this one filled an imported store with means; readers pass those off as unknown too.
     unknown = identity.scorer_version == SUMS_ONLY and all(_all_unknown(_column(table, name)) for name in TOKEN_LOGPS)
@@ -28,13 +29,13 @@ def problems(table: pa.Table, identity: Identity, report: ShardReport) -> list[s
     return [*_coverage(table, identity, report), *_values(table), *(_counts(table, identity) or sums())]
 
 
-def _schema_problem(schema: pa.Schema) -> str:
-    for name in SCHEMA.names:
+def _schema_problem(schema: pa.Schema, expected: pa.Schema) -> str:
+    for name in expected.names:
         if name not in schema.names:
             return f"column {name} is missing"
-        if not schema.field(name).equals(SCHEMA.field(name)):
-            return f"column {name} should be {SCHEMA.field(name)}, is {schema.field(name)}"
-    extra = [name for name in schema.names if name not in SCHEMA.names]
+        if not schema.field(name).equals(expected.field(name)):
+            return f"column {name} should be {expected.field(name)}, is {schema.field(name)}"
+    extra = [name for name in schema.names if name not in expected.names]
     return f"unknown column {extra[0]}" if extra else f"columns are in another order: {', '.join(schema.names)}"
 
 

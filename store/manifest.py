@@ -30,6 +30,14 @@ MAX_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
+class DatasetPart:
+    """One of several datasets of a store."""
+
+    dataset: str
+    num_rows: int
+
+
+@dataclass(frozen=True)
 class Identity:
     """Everything that makes the numbers of a store. Two runs of equal identity make equal shards."""
 
@@ -62,7 +70,12 @@ class Identity:
     template_date: str | None = field(default=None, metadata=record.OPTIONAL)
     """The day, YYYY-MM-DD, on which a chat template that asks for the date was told to be."""
 
+    datasets: tuple[DatasetPart, ...] | None = field(default=None, metadata=record.OPTIONAL)
+    """Of a store of several datasets: which rows are whose, in order. Names, not compared: the fingerprint covers the rows."""
+
     def __post_init__(self):
+        if self.datasets is not None and sum(each.num_rows for each in self.datasets) != self.num_rows:
+            raise ValueError(f"datasets have {sum(each.num_rows for each in self.datasets)} rows, not {self.num_rows}")
         for name in ("num_rows", "max_length", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
@@ -72,6 +85,14 @@ class Identity:
             raise ValueError(f"truncation must be keep_start, is {self.truncation!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
+
+    def dataset_of(self, row: int) -> str:
+        """The name of the dataset that a source row is from."""
+        for each in self.datasets or ():
+            if row < each.num_rows:
+                return each.dataset
+            row -= each.num_rows
+        return self.dataset
 
     @property
     def num_shards(self) -> int:
@@ -95,7 +116,7 @@ class Identity:
         return [(name, mine[name], others[name]) for name in mine if name not in NAMES and mine[name] != others[name]]
 
 
-NAMES = frozenset({"model", "revision", "tokenizer", "dataset", "split", "dataset_revision", "dataset_config"})
+NAMES = frozenset({"model", "revision", "tokenizer", "dataset", "split", "dataset_revision", "dataset_config", "datasets"})
 """Fields of Identity that are recorded and shown but never compared."""
 
 
@@ -330,7 +351,7 @@ def rerun(identity: Identity, store: Path, command: Command | None = None) -> st
     if command is not None and (line := command.line(store)) is not None:
         return line
     options = {
-        "--dataset": identity.dataset,
+        "--dataset": None if identity.datasets else identity.dataset,
         "--dataset-config": identity.dataset_config,
         "--dataset-revision": identity.dataset_revision,
         "--split": identity.split,
@@ -345,7 +366,8 @@ def rerun(identity: Identity, store: Path, command: Command | None = None) -> st
         "--shard-size": identity.shard_size,
         "--ref-store": store,
     }
-    given = [word for option, value in options.items() if value is not None for word in (option, value)]
+    given = [word for each in identity.datasets or () for word in ("--dataset", each.dataset)]
+    given += [word for option, value in options.items() if value is not None for word in (option, value)]
     return cli("precompute", *given)
 
 

@@ -22,7 +22,7 @@ from store.errors import StoreError
 from store.folder import missing_shards, refuse_non_store, stored_identity
 from store.integrity import Check, advice, damage
 from store.manifest import Identity, Manifest, manifest_path
-from store.schema import SCHEMA, SUMS_ONLY, without_token_logps
+from store.schema import DATASET, SCHEMA, SUMS_ONLY, schema_of, without_token_logps
 from store.seal import unsealed
 from store.shard import in_stretches
 
@@ -115,7 +115,7 @@ class Store:
 
         Reads only the row groups concerned. IndexError for a position outside the store.
         """
-        names = list(columns) if columns is not None else SCHEMA.names
+        names = list(columns) if columns is not None else schema_of(self.identity).names
         wanted: dict[int, list[tuple[int, int]]] = {}  # shard -> [(row in shard, place in the answer)]
         for place, position in enumerate(positions):
             shard, row = self._locate(int(position))
@@ -174,4 +174,5 @@ class Store:
 def _table(names: Sequence[str], tables: Iterable[pa.Table]) -> pa.Table:
     """The tables below each other; an empty table of the right columns if there are none."""
     found = [table.select(names).replace_schema_metadata() for table in tables]
-    return pa.concat_tables(found) if found else pa.schema([SCHEMA.field(name) for name in names]).empty_table()
+    known = SCHEMA.append(DATASET)
+    return pa.concat_tables(found) if found else pa.schema([known.field(name) for name in names]).empty_table()

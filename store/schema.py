@@ -31,6 +31,15 @@ SCHEMA = pa.schema(
     ]
 )
 
+DATASET = pa.field("dataset", pa.string(), nullable=False)
+"""Last column of a store of several datasets: which one the pair is from, by the name it was asked for."""
+
+
+def schema_of(identity) -> pa.Schema:
+    """The columns of a store: SCHEMA, and DATASET where it has several."""
+    return SCHEMA if identity.datasets is None else SCHEMA.append(DATASET)
+
+
 SUMS_ONLY_NOTE = "imported: sums only; the log-probs of its tokens are unknown (null)"
 """What every view of such a store says."""
 

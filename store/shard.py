@@ -23,7 +23,7 @@ from store import disk, record
 from store.check import problems
 from store.errors import StoreError
 from store.manifest import Identity, ShardReport, check_same
-from store.schema import FORMAT_VERSION, SCHEMA
+from store.schema import FORMAT_VERSION, schema_of
 
 STRETCH = 16
 """Shards that one thread opens before it hands over what it found: one at a time, handing over took as long as opening."""
@@ -92,7 +92,7 @@ def _row_group_size(report: ShardReport) -> int:
 
 
 def publish_shard(store: Path, identity: Identity, report: ShardReport, table: pa.Table, provenance: dict[str, Any]) -> bool:
-    """Check `table` (SCHEMA) and put it in `store` under its final name; False if that shard was there already.
+    """Check `table` (schema_of) and put it in `store` under its final name; False if that shard was there already.
 
     Nothing is written unless every value passes `check.problems`. `provenance` (JSON) is free; sealing adds up "seconds" and "waited" and lists
     the distinct "worker", "host", "device" and "versions". Errors: StoreError, also for a full disk or a read-only folder.
@@ -149,7 +149,7 @@ def read_footer(path: Path) -> tuple[Identity, ShardReport]:
         raise StoreError("shard of another format", where=path, expected=f"format_version {FORMAT_VERSION}", found=version)
     identity = Identity.from_json(record.parse(metadata[IDENTITY_KEY], path), path)
     report = record.build(ShardReport, record.parse(metadata[REPORT_KEY], path), path)
-    if not schema.equals(SCHEMA) or footer.num_rows != report.num_pairs or path.name != part_name(report.index):
+    if not schema.equals(schema_of(identity)) or footer.num_rows != report.num_pairs or path.name != part_name(report.index):
         raise StoreError(
             "footer and file disagree",
             where=path,

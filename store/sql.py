@@ -32,7 +32,7 @@ from store.errors import InputError
 from store.folder import refuse_non_store, stored_identity
 from store.manifest import manifest_path
 from store.reader import open_store
-from store.schema import SCHEMA, SUMS_ONLY
+from store.schema import SCHEMA, SUMS_ONLY, schema_of
 from store.shard import finished_shards, part_name
 
 Format = Literal["table", "csv", "json"]
@@ -82,11 +82,12 @@ def connect(path: Path, threads: int | None = None) -> duckdb.DuckDBPyConnection
     with damaged or foreign shards.
     """
     files = [str(file) for file in readable_shards(path)]
+    schema = schema_of(stored_identity(path)) if files else SCHEMA
     connection = duckdb.connect(config={"threads": threads} if threads else {})
     if files:
-        pairs = pyarrow.dataset.dataset(files, schema=SCHEMA, format="parquet", filesystem=pyarrow.fs.LocalFileSystem())
+        pairs = pyarrow.dataset.dataset(files, schema=schema, format="parquet", filesystem=pyarrow.fs.LocalFileSystem())
     else:
-        pairs = SCHEMA.empty_table()
+        pairs = schema.empty_table()
     if sums_only(path):
         connection.register("stored", pairs)
         connection.execute(SUMS_ONLY_PAIRS)

@@ -32,7 +32,8 @@ NAMES = {
 
 @pytest.mark.parametrize(("dataset", "name"), NAMES.items())
 def test_names(dataset, name):
-    assert default_store(dataset, preset_of(dataset)) == Path("store") / name
+    assert default_store((dataset,), preset_of(dataset)) == Path("store") / name
+    assert default_store((dataset, "acme/more"), None) == Path("store") / f"{name}+more"
 
 
 def test_a_taken_folder_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

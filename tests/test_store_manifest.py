@@ -8,7 +8,7 @@ from store_samples import make_identity, make_shard, make_store, memory_folder
 
 from store import record
 from store.errors import StoreError
-from store.manifest import MANIFEST, NAMES, Identity, Manifest, check_same, totals_of
+from store.manifest import MANIFEST, NAMES, DatasetPart, Identity, Manifest, check_same, totals_of
 from store.reader import open_store
 from store.verify import verify
 
@@ -22,7 +22,8 @@ OTHER = {int: 7, str: "f" * 64}
 
 
 def changed(name: str) -> Identity:
-    value = {"dtype": "bfloat16", "num_rows": 11}.get(name) or OTHER[type(getattr(make_identity(), name) or "")]
+    special = {"dtype": "bfloat16", "num_rows": 11, "datasets": (DatasetPart("a", 4), DatasetPart("b", 6))}
+    value = special.get(name) or OTHER[type(getattr(make_identity(), name) or "")]
     return dataclasses.replace(make_identity(), **{name: value})
 
 
