@@ -82,7 +82,7 @@ def connect(path: Path, threads: int | None = None) -> duckdb.DuckDBPyConnection
     with damaged or foreign shards.
     """
     files = [str(file) for file in readable_shards(path)]
-    schema = schema_of(stored_identity(path)) if files else SCHEMA
+    schema = schema_of(stored_identity(Path(path))) if files else SCHEMA
     connection = duckdb.connect(config={"threads": threads} if threads else {})
     if files:
         pairs = pyarrow.dataset.dataset(files, schema=schema, format="parquet", filesystem=pyarrow.fs.LocalFileSystem())
