@@ -38,8 +38,10 @@ class Progress:
         self.before = self.finished_tokens
         self.partial = 0  # tokens of this worker's shards that are not finished yet
         self.waited = 0.0
+        self.nothing_to_score = self.rows_done == identity.num_rows
         if process.local_rank == 0 and self.rows_done and show == "text":
-            print(f"{store}: {self.rows_done:,} of {identity.num_rows:,} rows are done, going on", file=sys.stderr)
+            goes_on = "sealing" if self.nothing_to_score else "going on"
+            print(f"{store}: {self.rows_done:,} of {identity.num_rows:,} rows are done, {goes_on}", file=sys.stderr)
 
     def _look(self) -> int:
         """Read the footers of shards finished since the last look; return the rows done."""
@@ -81,8 +83,8 @@ class Progress:
         self.rows_done = self._look()
         speed = (self.finished_tokens - self.before + self.partial) / elapsed
         per_row = self.finished_tokens / self.finished_rows if self.finished_rows else None
-        left = None
-        if per_row is not None and speed > 0:
+        left = 0.0 if self.rows_done == self.identity.num_rows else None
+        if left is None and per_row is not None and speed > 0:
             left = max(0.0, (self.identity.num_rows - self.rows_done) * per_row - self.partial) / speed
         return {
             "event": "progress",
@@ -98,7 +100,7 @@ class Progress:
 
     def _say(self, final: bool = False) -> None:
         self.shown = time.monotonic()
-        if self.process.local_rank or self.show == "nothing":
+        if self.process.local_rank or self.show == "nothing" or self.nothing_to_score:
             return
         state = self.state()
         if self.show == "json":

@@ -121,7 +121,9 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         print(devices.describe(where, process.world), file=sys.stderr)
     if config.layout == "packed":
         refuse_without_kernels(where, config.dtype)
-    stamp = checkpoint_stamp(config.model, config.revision)
+    # Before the weights are read, for files may change meanwhile; a hub's do not, and asking for a model that is not there takes its time.
+    early = Path(config.model).is_dir() or manifest_path(config.ref_store).exists()
+    stamp = checkpoint_stamp(config.model, config.revision) if early else None
     rows, tokenizer, model, identity = load_inputs(config, where, weights_known(config.ref_store, stamp))
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
@@ -190,7 +192,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "layout": config.layout,
         "threads_per_worker": torch.get_num_threads(),
         "command": command.to_json(),
-        "checkpoint_stamp": stamp,
+        "checkpoint_stamp": stamp or checkpoint_stamp(config.model, config.revision),
     }
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
     held = None

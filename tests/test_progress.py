@@ -54,6 +54,22 @@ def test_time_left_is_counted_in_tokens_of_all_workers(tmp_path, clock):
     assert state["seconds_left"] == pytest.approx((8 * tokens / 8 - 10) / ((tokens + 10) / 10))
 
 
+def test_where_nothing_is_left_to_score_nothing_is_counted(tmp_path, clock, capsys):
+    """All shards of an earlier run, not sealed: no speed of nothing, and no time left that is not known. With one missing: a line."""
+    _, identity = make(tmp_path)
+    for index in range(3):
+        finish(tmp_path, identity, index)
+    make(tmp_path)[0].close()
+    assert "12 of 16 rows are done, going on\nscored 12/16" in capsys.readouterr().err
+    progress, _ = make(tmp_path)
+    capsys.readouterr()
+    finish(tmp_path, identity, 3)  # by another worker, while this one scored nothing
+    progress.close()
+    assert "scored 16/16" in (line := capsys.readouterr().err) and "0:00:00 left" in line
+    make(tmp_path)[0].close()
+    assert capsys.readouterr().err == f"{tmp_path}/store: 16 of 16 rows are done, sealing\n"
+
+
 def test_shards_of_an_earlier_run_give_no_speed(tmp_path, clock):
     _, identity = make(tmp_path)
     finish(tmp_path, identity, 1)
