@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny import make_model
-from train_setup import make_rows, make_store, make_tokenizer, make_world
+from train_setup import make_rows, make_store, make_tokenizer, make_world, token_logps
+from transformers import AutoModelForCausalLM
 
 from store.reader import open_store
 
@@ -132,6 +133,28 @@ def test_run_trains_evaluates_and_saves(results, folder):
     assert (folder / "run" / "tokenizer.json").exists()
     assert "8 random pairs" in results["output"]
     assert "0.6931 at step 1" in results["output"]
+
+
+def test_evaluation_on_two_processes_is_that_of_each_pair_once(results, folder):
+    """Ten pairs in batches of two leave five batches to two ranks. Expected: a plain forward of the trained model, pair by pair."""
+    record = json.loads((folder / "run" / "run.json").read_text())
+    last = [entry for entry in record["log_history"] if "eval_loss" in entry][-1]
+    assert last["step"] == 6
+    model = AutoModelForCausalLM.from_pretrained(folder / "run").eval()
+    pairs = open_store(folder / "store-eval").read(range(10)).to_pylist()
+    logps = {
+        side: np.array([sum(token_logps(model, pair["prompt_ids"], pair[f"{side}_ids"])) for pair in pairs])
+        for side in ("chosen", "rejected")
+    }
+    rewards = {side: BETA * (logps[side] - [pair[f"ref_{side}_logps"] for pair in pairs]) for side in logps}
+    margins = rewards["chosen"] - rewards["rejected"]
+    expected = {
+        "eval_loss": np.log1p(np.exp(-margins)).mean(),
+        "eval_rewards/accuracies": (margins > 0).mean(),
+        "eval_rewards/margins": margins.mean(),
+        "eval_logps/rejected": logps["rejected"].mean(),
+    }
+    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_resumed_run_continues_as_the_uninterrupted_one(results, folder):
