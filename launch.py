@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from devices import num_gpus
 from stop import SIGNALS, STOP_TRAINING, Stopped, passing_on
+from store.command import again
 from store.errors import InputError
 
 SIGNALS_TO_HANDLE = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -137,4 +138,9 @@ def run_torchrun(num_processes: int) -> int:
         code = agent[0].wait()
     for line in errors:
         print(line, file=sys.stderr)
+    if told.insisted:
+        raise Stopped(
+            "ended at once by a second Ctrl-C; steps after the last checkpoint are lost",
+            next=f"To go on from there: {again('--resume-or-start')}",
+        )
     return Stopped.exit_code if code and told.soon else code  # torchrun itself has one exit code for all that can happen

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from store.command import again
 from store.errors import RefdpoError
@@ -35,10 +36,15 @@ class StopRequest:
         self._first: signal.Signals | None = None
         self._now = threading.Event()
         self._any = threading.Event()
+        self.interrupted = False
+        """Ctrl-C was heard."""
+        self.insisted = False
+        """And again: what is at hand was killed."""
 
     def hear(self, number: int, frame: object = None) -> None:
         """A signal handler."""
         self._first = self._first or signal.Signals(number)
+        self.interrupted |= number == signal.SIGINT
         self._any.set()
         if number == signal.SIGTERM:
             self._now.set()
@@ -86,22 +92,22 @@ def listening(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopReque
 def passing_on(children: Sequence[subprocess.Popen], signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
     """Inside the block `signals` go to `children` (a list that may still grow); this process itself lives on to report.
 
-    A second Ctrl-C does not ask: it kills the children, each with its process group, which must be its own.
+    A second Ctrl-C does not ask: it kills the children and all that they started.
     """
     request = StopRequest()
-    interrupts = 0
 
     def forward(number: int, frame: object = None) -> None:
-        nonlocal interrupts
+        request.insisted = number == signal.SIGINT and request.interrupted
         request.hear(number)
-        interrupts += number == signal.SIGINT
         for child in children:
             if child.poll() is not None:
                 continue
-            if interrupts > 1:
-                os.killpg(child.pid, signal.SIGKILL)
-            else:
+            if not request.insisted:
                 child.send_signal(number)
+                continue
+            for process in (child.pid, *_descendants(child.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
     before = {number: signal.signal(number, forward) for number in _heard(signals)}
     try:
@@ -114,3 +120,12 @@ def passing_on(children: Sequence[subprocess.Popen], signals: Sequence[signal.Si
 def _heard(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
     """Without those that this process was told to ignore, as `nohup` tells it of SIGHUP."""
     return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _descendants(process: int) -> list[int]:
+    """What a process started, and what that started, as Linux tells."""
+    children = []
+    for each in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            children += map(int, each.read_text().split())
+    return [found for child in children for found in (child, *_descendants(child))]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,19 +75,9 @@ def test_an_evaluation_that_a_kill_cost_is_made_up_for(strategy, step, epoch, lo
     assert evaluation_is_due(state, SimpleNamespace(eval_strategy=strategy, eval_steps=2)) is due
 
 
-def train(folder: Path, *more: str) -> subprocess.Popen:
-    words = [
-        "train",
-        "--ref-store",
-        folder / "store",
-        "--output-dir",
-        folder / "run",
-        "--num-processes",
-        1,
-        "--loss-type",
-        "sigmoid",
-    ]
-    words += ["--beta", "0.1", "--effective-batch-size", 4, "--num-train-epochs", 2, "--eval-fraction", "0.2", *more]
+def train(folder: Path, *more: str, ranks: int = 1, epochs: int = 2) -> subprocess.Popen:
+    words = ["train", "--ref-store", folder / "store", "--output-dir", folder / "run", "--num-processes", ranks, *more]
+    words += ["--loss-type", "sigmoid", "--effective-batch-size", 4, "--num-train-epochs", epochs, "--eval-fraction", "0.2"]
     # As from a terminal: a shell's background job would ignore Ctrl-C.
     command = ["env", "--default-signal=INT", sys.executable, str(ROOT / "cli.py"), *map(str, words)]
     return subprocess.Popen(command, env=ENVIRON, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -117,3 +108,16 @@ def test_told_to_stop_it_writes_a_checkpoint_and_the_command_that_it_prints_goes
         rerun = train(folder, "--resume", *more)
         output = rerun.communicate(timeout=300)[0]
         assert rerun.returncode == code and words in output, output
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process_behind(folder):
+    run = train(folder, ranks=2, epochs=500)
+    for line in run.stdout:
+        if line.startswith("step 2/"):
+            break
+    os.kill(run.pid, signal.SIGINT)
+    time.sleep(0.2)  # two at the same instant are one to the kernel
+    os.kill(run.pid, signal.SIGINT)
+    output = run.communicate(timeout=60)[0]  # until everyone who holds the pipe is gone
+    assert run.returncode == 75 and "ended at once by a second Ctrl-C" in output and "--resume-or-start" in output, output

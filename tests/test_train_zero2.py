@@ -167,6 +167,12 @@ def test_resumed_run_continues_as_the_uninterrupted_one(results, folder):
     assert [losses[1][step] for step in (4, 5, 6)] == pytest.approx([losses[0][step] for step in (4, 5, 6)], abs=1e-7)
 
 
+def test_a_run_resumed_in_a_later_epoch_sees_that_epochs_pairs(results, folder):
+    """Of two ranks accelerate's skipping loader forgets the epoch: the fourth step would be of the first epoch's order."""
+    whole, resumed = ((folder / name / "model.safetensors").read_bytes() for name in ("epochs", "epochs-resumed"))
+    assert whole == resumed
+
+
 def test_gate_stops_every_rank_with_one_error(results):
     first, second = results["gate"]["errors"]
     assert first == second

@@ -202,6 +202,14 @@ def case_run_and_resume() -> dict:
     return {"whole": vars(whole), "resumed": vars(resumed)}
 
 
+def case_resume_in_the_second_epoch() -> dict:
+    """Two steps to an epoch, gone on with after the third."""
+    run = replace(RUN, where="row < 16", eval_ref_store=None, eval_steps=None, max_steps=4, output_dir=FOLDER / "epochs")
+    train(run)
+    train(replace(run, output_dir=FOLDER / "epochs-resumed", resume=FOLDER / "epochs" / "checkpoint-3"))
+    return {}
+
+
 def case_gate() -> dict:
     """Both ranks get the same error for another policy; with the flag it trains."""
     other = replace(

@@ -202,7 +202,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
 def _leave_if_told(stop: StopRequest, device: torch.device, config: TrainConfig, first: bool) -> None:
     """End this rank, with all others, if any of them was told to stop; nothing has been trained yet."""
     if anyone_told(stop, device):
-        _leave(stop, "nothing is lost, as no step was done yet", config, first)
+        _leave(stop, "nothing is lost, as this start had done no step yet", config, first)
 
 
 def _leave(stop: StopRequest, what: str, config: TrainConfig, first: bool, *options: str) -> NoReturn:

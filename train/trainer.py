@@ -6,7 +6,7 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 - `_prepare_inputs`: transformers casts every float of a batch to DeepSpeed's dtype. In bfloat16 a sum of -279.65 nats becomes -280.0.
 - `forward`, `_get_train_sampler`: in the packed layout, train/packed.py and train/balance.py. In the padded one both are stock.
 - `get_batch_samples`, `compute_loss`, `training_step`, `log`: the same, timed and counted  train/speed.py
-- `_run_epoch`: resumed at its last step, a run takes none; transformers would take one more.
+- `_run_epoch`: resumed at its last step, a run takes none, transformers one more; resumed in a later epoch, it sees that epoch's order.
 - `evaluation_loop`: TRL averages batches; here each pair counts once      train/evaluate.py
 - `loss_weights` of `sft`: TRL's is a mean over the tokens of a micro-batch; weighted by its tokens it is the mean over the global batch.
 - dropout: TRL turns `nn.Dropout` off, and not what a module keeps as a number     train/dropout.py
@@ -98,6 +98,8 @@ class StoreDPOTrainer(DPOTrainer):
         return {**super()._prepare_inputs(inputs), **reference}
 
     def _run_epoch(self, *args, **kwargs):
+        # Where batches are skipped, accelerate's loader does not reach the sampler of two ranks and more: they would see epoch 0 again.
+        kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
