@@ -32,7 +32,7 @@ from store.errors import InputError
 from store.folder import refuse_non_store, stored_identity
 from store.manifest import manifest_path
 from store.reader import open_store
-from store.schema import SCHEMA, SUMS_ONLY, schema_of
+from store.schema import DATASET, SCHEMA, SUMS_ONLY, schema_of
 from store.shard import finished_shards, part_name
 
 Format = Literal["table", "csv", "json"]
@@ -48,18 +48,19 @@ create view pairs as
 VIEWS = """
 create view completions as
     select pair_id, row, 'chosen' as side, prompt_ids, chosen_ids as completion_ids, ref_chosen_logps as ref_logps,
-        num_chosen_tokens as num_tokens, chosen_truncated as truncated, chosen_token_logps as token_logps
+        num_chosen_tokens as num_tokens, chosen_truncated as truncated, chosen_token_logps as token_logps{which}
     from pairs
     union all
     select pair_id, row, 'rejected', prompt_ids, rejected_ids, ref_rejected_logps,
-        num_rejected_tokens, rejected_truncated, rejected_token_logps
+        num_rejected_tokens, rejected_truncated, rejected_token_logps{which}
     from pairs;
 
 create view tokens as
     select pair_id, row, side,
-        unnest(range(num_tokens)) as position, unnest(completion_ids) as token_id, unnest(token_logps) as logp
+        unnest(range(num_tokens)) as position, unnest(completion_ids) as token_id, unnest(token_logps) as logp{which}
     from completions;
 """
+"""`which`: the column that a store of several datasets has more."""
 
 VIEWS_HINT = "Views: pairs, completions, tokens; `describe pairs` lists columns."
 
@@ -93,7 +94,7 @@ def connect(path: Path, threads: int | None = None) -> duckdb.DuckDBPyConnection
         connection.execute(SUMS_ONLY_PAIRS)
     else:
         connection.register("pairs", pairs)
-    connection.execute(VIEWS)
+    connection.execute(VIEWS.format(which=f", {DATASET.name}" if DATASET.name in schema.names else ""))
     connection.execute(LOCK)
     return connection
 

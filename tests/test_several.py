@@ -17,6 +17,7 @@ from store.errors import InputError, StoreError
 from store.manifest import DatasetPart, Identity, Manifest, manifest_path
 from store.reader import open_store
 from store.select import select
+from store.sql import connect
 from store.verify import verify
 
 
@@ -80,6 +81,13 @@ def test_a_store_of_two_says_which(files, tiny_llama, tmp_path):
         "inspect", "--ref-store", store, "--format", "json", "--sql", "select dataset, count(*) n from pairs group by 1 order by n"
     )
     assert [row["n"] for row in json.loads(answer)] == [3, 5]
+    for view, n in (("completions", 2), ("tokens", "sum(num_chosen_tokens + num_rejected_tokens)")):
+        counts = f"select dataset, count(*) as n from {view} group by all order by all"
+        expected = f"select dataset, {n} * count(*)" if n == 2 else f"select dataset, {n}"
+        assert (
+            connect(store).sql(counts).fetchall()
+            == connect(store).sql(f"{expected} from pairs group by all order by all").fetchall()
+        )
     assert len(select(store, where=f"dataset = '{files[1]}'").train) == 3
     run("export", "--ref-store", store, "--format", "jsonl", "--output", tmp_path / "out", "--quiet")
     assert json.loads((tmp_path / "out" / "pairs.jsonl").read_text().splitlines()[-1])["dataset"] == files[1]
