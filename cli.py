@@ -326,6 +326,11 @@ def identity_options(command):
 @click.option(
     "--attn-implementation", help="With --layout padded; packed has its own.  [default: sdpa, or eager where a model has no sdpa]"
 )
+@click.option(
+    "--reuse",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Another store, of the dataset before it was mended or extended: pairs that are the same are taken from it.",
+)
 @click.option("--num-workers", type=click.IntRange(min=1), help="Local processes.  [default: one per GPU; 1 without a GPU]")
 @click.option("--quiet", "show", flag_value="nothing", help="No progress.")
 @click.option("--json", "show", flag_value="json", help="Progress and result as JSON lines on stdout.")

@@ -45,6 +45,7 @@ from precompute.model import (
 from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, Show
+from precompute.reuse import Known
 from precompute.rope import refuse_dynamic
 from precompute.scoring import SCORER_VERSION, Layout, score_batches
 from precompute.sealed import checkpoint_stamp, is_complete, weights_known
@@ -54,7 +55,7 @@ from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
 from store.command import Command
 from store.errors import InputError
-from store.folder import missing_shards, prepare_store, stored_identity
+from store.folder import missing_shards, prepare_store, refuse_non_store, stored_identity
 from store.manifest import MAX_SHARDS, DatasetPart, Identity, Manifest, ShardReport, manifest_path
 from store.seal import seal
 from store.shard import part_name, publish_shard
@@ -94,6 +95,8 @@ class PrecomputeConfig:
     """Configuration of a dataset that has several."""
     columns: ColumnOptions = field(default_factory=ColumnOptions)
     """What the dataset's columns are called and mean."""
+    reuse: Path | None = None
+    """Another store, whose log-probs are taken over for the pairs that are the same."""
     template_date: str | None = None
     """YYYY-MM-DD, for a chat template that writes the date."""
     # speed: recorded, never compared
@@ -121,6 +124,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         print(devices.describe(where, process.world), file=sys.stderr)
     if config.layout == "packed":
         refuse_without_kernels(where, config.dtype)
+    if config.reuse is not None:
+        refuse_non_store(config.reuse)
     # Before the weights are read, for files may change meanwhile; a hub's do not, and asking for a model that is not there takes its time.
     early = Path(config.model).is_dir() or manifest_path(config.ref_store).exists()
     stamp = checkpoint_stamp(config.model, config.revision) if early else None
@@ -128,6 +133,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
     command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
+    known = None if config.reuse is None else Known(config.reuse, identity, config.ref_store)
     prepare_store(config.ref_store, identity, command)
     if identity.datasets is not None:  # in the store's own words, should this run spell a path otherwise
         identity = replace(identity, datasets=stored_identity(config.ref_store).datasets)
@@ -167,7 +173,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         try:
             while missing and not stop.soon:
                 for held, index, tokens in _tokenize_ahead(ahead, config, identity, rows, tokenizer, missing, claims, stop):
-                    report, columns, timing = _score_shard(model, config, identity, index, tokens, claims, progress, stop)
+                    report, columns, timing = _score_shard(model, config, identity, index, tokens, claims, progress, stop, known)
                     if writing is not None:
                         writing.result()
                     writing = behind.submit(_publish, config.ref_store, identity, report, columns, provenance | timing, held)
@@ -184,6 +190,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
             for held in claims:  # of this worker's shards only those not published still have one
                 held.release()
     progress.close()
+    if known is not None and config.show == "text":
+        print(f"{known.num_found:,} pairs were taken from {config.reuse}, as they are the same there", file=sys.stderr)
     if missing:
         done = identity.num_shards - len(missing_shards(config.ref_store, identity))
         raise stop.error(f"{done} of {identity.num_shards} shards are done", config.ref_store)
@@ -358,10 +366,20 @@ def _tokenize_ahead(
 
 
 def _score_shard(
-    model, config, identity: Identity, index: int, tokens: TokenizedRows, claims: list[Claim], progress, stop: StopRequest
+    model,
+    config,
+    identity: Identity,
+    index: int,
+    tokens: TokenizedRows,
+    claims: list[Claim],
+    progress,
+    stop: StopRequest,
+    known: Known | None,
 ) -> tuple[ShardReport, pa.Table, dict]:
     started, waited = time.time(), progress.shard_started()
-    sequences = [sequence for pair in tokens.pairs for sequence in pair.sequences]
+    reused = known.find(tokens.pairs) if known is not None else {}
+    fresh = [place for place in range(len(tokens.pairs)) if place not in reused]
+    sequences = [sequence for place in fresh for sequence in tokens.pairs[place].sequences]
     token_logps: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
     model_tokens = 0
     for batch in score_batches(model, sequences, layout=config.layout, tokens_per_batch=config.tokens_per_batch):
@@ -379,7 +397,9 @@ def _score_shard(
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    report, table = shard_of(identity, index, tokens, token_logps[0::2], token_logps[1::2], model_tokens)
+    of_pair = reused | dict(zip(fresh, zip(token_logps[0::2], token_logps[1::2], strict=True), strict=True))
+    sides = [of_pair[place] for place in range(len(tokens.pairs))]
+    report, table = shard_of(identity, index, tokens, [each[0] for each in sides], [each[1] for each in sides], model_tokens)
     return report, table, timing
 
 

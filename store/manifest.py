@@ -447,6 +447,8 @@ def _remedy(stored: Identity, now: Identity, names: list[str], then: Command | N
         parts.append(
             f"The model was {stored.model}, now it is {now.model}: whether the weights differ too shows in one dtype only."
         )
+    if set(names) <= {"dataset_fingerprint", "num_rows"}:
+        parts.append("To keep the pairs that are the same add --reuse with this store, and another --ref-store.")
     if then is not None:
         parts.append(f"Its command was: {then.text()}")
     return " ".join(parts)
