@@ -49,8 +49,8 @@ def test_killed_after_the_last_step_it_ends_as_the_undisturbed_run(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("length", ["steps", "epochs"])
-def test_killed_or_told_to_stop_at_any_point_it_ends_as_the_undisturbed_run(folder, length, ranks):
-    end(folder, f"{length},{ranks},SIGKILL,all", f"{length},{ranks},SIGTERM,4")
+def test_killed_or_told_to_stop_at_points_all_over_it_ends_as_the_undisturbed_run(folder, length, ranks):
+    end(folder, f"{length},{ranks},SIGKILL,12", f"{length},{ranks},SIGTERM,2")
 
 
 def entry(step: int, **values: float) -> dict:

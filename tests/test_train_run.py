@@ -14,10 +14,12 @@ import pytest
 from store_samples import make_identity, make_store
 
 from launch import Process
+from stop import Stopped
 from store.errors import InputError, RefdpoError, StoreError
 from train import record
+from train.checkpoint import last_checkpoint, remove_cut_short
 from train.config import TrainConfig
-from train.plan import policy_of
+from train.plan import plan, policy_of
 from train.run import join, refuse_abandoned_build, train
 
 
@@ -236,6 +238,58 @@ def test_an_output_folder_is_used_once(tmp_path, config):
         record.refuse_other_run(folder / "model.safetensors")
 
 
+def test_a_run_that_died_while_it_saved_its_model_may_be_started_again(tmp_path, config):
+    """Without a checkpoint (--save-strategy no) nothing in the folder is of use; a finished run is kept."""
+    folder = tmp_path / "run"
+    record.write(folder, started(config))
+    (folder / "model.safetensors").write_bytes(b"half a mod")
+    (folder / "config.json").touch()
+    record.refuse_other_run(folder)
+    record.write(folder, started(config) | {"status": "finished"})
+    with pytest.raises(InputError, match="Choose another --output-dir"):
+        record.refuse_other_run(folder)
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed_from_and_goes_away(tmp_path):
+    """Also where the kill came while its last file was written."""
+    for name, state in (("checkpoint-1", "{}"), ("checkpoint-2", '{"global_step": 2, "log_hist'), ("checkpoint-3", None)):
+        (tmp_path / name / "global_step").mkdir(parents=True)
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    remove_cut_short(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_record_says_how_a_run_ended_early(tmp_path, config):
+    for error, status in (
+        (Stopped("told to"), "stopped"),
+        (RuntimeError("out of memory"), "failed"),
+        (KeyboardInterrupt(), "failed"),
+    ):
+        record.write(tmp_path, started(config))
+        with pytest.raises(type(error)), record.keeping_status(tmp_path):
+            raise error
+        assert (record.read(tmp_path)["status"], record.finished(tmp_path)) == (status, None)
+        assert type(error).__name__ in record.read(tmp_path)["error"]
+
+
+def test_a_loss_that_sorts_micro_batches_keeps_their_size_on_resume(tmp_path, config):
+    checkpoint = tmp_path / "run" / "checkpoint-10"
+    sorting = replace(config, loss_type=("aot",))
+    record.write(tmp_path / "run", started(sorting))
+    record.compare_with_started(checkpoint, started(replace(sorting, gradient_checkpointing=False)))
+    with pytest.raises(InputError, match="expected per_device_train_batch_size 1; found per_device_train_batch_size 4"):
+        record.compare_with_started(checkpoint, started(replace(sorting, per_device_train_batch_size=4)))
+
+
+def test_a_policy_that_is_gone_is_refused_at_once(config, tmp_path):
+    for option, words in (("policy", "--policy"), ("tokenizer", "--tokenizer")):
+        gone = replace(config, **{option: str(tmp_path / "gone")})
+        with pytest.raises(InputError, match=f"{words} .*no such folder"):
+            plan(gone, world=1)
+
+
 def test_last_checkpoint_is_found(config):
     for step in (9, 10):
         (config.output_dir / f"checkpoint-{step}").mkdir(parents=True)
@@ -288,5 +342,5 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path, config):
 
 def test_checks_before_launch_need_no_torch():
     """The command line asks them before it starts any rank."""
-    code = "import sys, train.config, train.record; assert not {'torch', 'transformers', 'trl'} & sys.modules.keys()"
+    code = "import sys, train.plan, train.hub; assert not {'torch', 'transformers', 'trl', 'datasets'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
