@@ -30,8 +30,11 @@ $(VENV): $(INSTALLED)
 
 # make UV=1 … installs with uv instead of pip. TORCH names another torch than constraints.txt does, such as TORCH=torch==2.13.1; which build of it
 # (CPU, CUDA) is what UV_TORCH_BACKEND, or pip's index, says.
-TORCH ?= $(shell grep '^torch==' constraints.txt)
+PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(PINNED_TORCH)
 PINS := $(VENV)/constraints.txt
+# Another torch chooses its setuptools: 2.11 wants one before 82.
+OTHER_PINS := $(if $(filter-out $(PINNED_TORCH),$(TORCH)),grep -vE '^(torch|setuptools)==',cat) constraints.txt
 ifdef UV
 MAKE_VENV = uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 INSTALL = uv pip install --python $(PY) -c $(PINS)
@@ -54,7 +57,7 @@ endif
 	@$(PYTHON) -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || { echo "Python.h not found; DeepSpeed's CPU operator needs it. Debian, Ubuntu: sudo apt-get install python3-dev" >&2; exit 1; }
 	@echo "Installing into $(VENV) ($$($(PYTHON) --version)). The first time this takes a few minutes."
 	$(MAKE_VENV)
-	@{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } > $(PINS)
+	@{ $(OTHER_PINS); echo '$(TORCH)'; } > $(PINS)
 	$(INSTALL) '$(TORCH)'
 	$(INSTALL) -e '.[dev]'
 	@touch $@

@@ -1,7 +1,6 @@
 """An Analysis as text for the terminal and as a PNG."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from precompute.analyze import ENOUGH, LOST, Analysis, AtMaxLength
+from store.command import cli
 from store.errors import InputError
 from store.report_pictures import log_scale
 from store.schema import COUNTS
@@ -129,12 +129,12 @@ def _advice(analysis: Analysis, options: Sequence[str]) -> list[str]:
         return [f"recommended: none of these {enough}; --max-length {longest.max_length}: {_kept(analysis, longest)}"]
     at = next(each for each in analysis.at if each.max_length == analysis.recommended)
     config = analysis.config
-    command = ["python", "cli.py", "precompute", *(options or ("--dataset", config.name)), "--max-length", str(at.max_length)]
+    command = ["precompute", *(options or ("--dataset", config.name)), "--max-length", str(at.max_length)]
     if config.name == config.dataset:  # no preset, which would know the model and dtype
         command += [*([] if "--model" in command else ["--model", config.tokenizer]), "--dtype", "bfloat16"]
     return [
         f"recommended: --max-length {at.max_length}, the shortest that {enough} ({_kept(analysis, at)})",
-        f"next: {shlex.join(command)}",
+        f"next: {cli(*command)}",
     ]
 
 

@@ -420,7 +420,7 @@ assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"
 def _shown(name: str, identity: Identity, command: Command | None) -> str:
     """A field and its value as a person wants it: a short hash, and the name behind it."""
     if name == "limit":
-        return f"limit {command.limit} ({identity.num_rows:,} rows)"
+        return f"limit {command.limit or 'none'} ({identity.num_rows:,} rows)"
     value = getattr(identity, name)
     text = f"{name} {value[:12] if name.endswith(('sha256', 'fingerprint')) else value}"
     if name == "chat_template_sha256" and command is not None:
