@@ -1055,7 +1055,9 @@ def resource_options(command):
 
 
 @command("submit")
-@click.option("--dataset", required=True, help="As for precompute: think | instruct | demo, a hub id, a file or a folder.")
+@click.option(
+    "--dataset", required=True, multiple=True, help="As for precompute: think | instruct | demo, a hub id, a file or a folder."
+)
 @click.option("--ref-store", type=click.Path(path_type=Path), help="Folder of the store.  [default: store/<dataset>]")
 @click.option(
     "--array",
@@ -1073,7 +1075,7 @@ def resource_options(command):
 @click.option("--precompute-args", default="", help="Further options of precompute, quoted as one word.")
 @click.option("--train-args", default="", help="Further options of train, quoted as one word.")
 @click.option("--dry-run", is_flag=True, help="Check, and print the commands and the scripts instead.")
-def submit_cmd(dataset: str, ref_store: Path | None, array: int | None, dry_run: bool, **options) -> None:
+def submit_cmd(dataset: tuple[str, ...], ref_store: Path | None, array: int | None, dry_run: bool, **options) -> None:
     """Queue both phases on a Slurm cluster: precompute, then train once it has succeeded.
 
     What can be wrong is looked for first. The jobs work in this folder. --gpus, --cpus, --mem, --time, --partition, --account, --qos and
@@ -1086,9 +1088,10 @@ def submit_cmd(dataset: str, ref_store: Path | None, array: int | None, dry_run:
     for name in [name for name in options if name.endswith("_args")]:
         options[name] = _words(f"--{name.replace('_', '-')}", options[name])
     phase_1, phase_2 = (_resources(phase, options) for phase in ("precompute", "train"))
+    datasets = [word for each in dataset for word in ("--dataset", each)]
     given = _parsed(
         "precompute",
-        ["--dataset", dataset, *([] if ref_store is None else ["--ref-store", str(ref_store)])],
+        [*datasets, *([] if ref_store is None else ["--ref-store", str(ref_store)])],
         options["precompute_args"],
         ours=("--dataset", "--ref-store", "--num-workers"),
     )
@@ -1096,10 +1099,10 @@ def submit_cmd(dataset: str, ref_store: Path | None, array: int | None, dry_run:
     try:
         preset, reference = _completed(**given)
     except InputError as error:
-        raise InputError(error.what, where=f"--dataset {dataset}, --precompute-args", next=error.next) from error
+        raise InputError(error.what, where=f"--dataset {' + '.join(dataset)}, --precompute-args", next=error.next) from error
     check_precompute(reference, preset)
     ref_store = reference["ref_store"]
-    precompute = ["--dataset", dataset, "--ref-store", str(ref_store), *options["precompute_args"]]
+    precompute = [*datasets, "--ref-store", str(ref_store), *options["precompute_args"]]
 
     from presets import Preset
 

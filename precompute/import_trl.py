@@ -57,7 +57,13 @@ def import_trl(
         )
     self_test(model, config.dtype, layout="padded", tokens_per_batch=1)
     _check_numbers(model, config.dtype, pairs, cached, num_pairs, cache)
-    command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
+    command = Command.now(
+        config.ref_store,
+        limit=config.limit,
+        chat_template=config.chat_template,
+        shard_size=config.shard_size,
+        columns=str(config.columns),
+    )
     prepare_store(config.ref_store, identity, command)
     missing = set(missing_shards(config.ref_store, identity))
     first = 0

@@ -132,7 +132,13 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     rows, tokenizer, model, identity = load_inputs(config, where, weights_known(config.ref_store, stamp))
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
-    command = Command.now(config.ref_store, limit=config.limit, chat_template=config.chat_template, shard_size=config.shard_size)
+    command = Command.now(
+        config.ref_store,
+        limit=config.limit,
+        chat_template=config.chat_template,
+        shard_size=config.shard_size,
+        columns=str(config.columns),
+    )
     known = None if config.reuse is None else Known(config.reuse, identity, config.ref_store)
     prepare_store(config.ref_store, identity, command)
     if identity.datasets is not None:  # in the store's own words, should this run spell a path otherwise

@@ -26,7 +26,8 @@ DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".gz",
 
 def check_precompute(options: dict[str, Any], preset: Preset | None) -> None:
     """`options` of `precompute`, completed by the preset. InputError, or StoreError for a store that has other numbers."""
-    _check_dataset(options["dataset"])
+    for source in (options["dataset"], *options["more_datasets"]):
+        _check_dataset(source)
     if preset is None or options["model"] != preset.model:  # the demo's is made at first use
         _check_model("--model", options["model"])
     if options["tokenizer"] != options["model"]:

@@ -5,8 +5,10 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from store import record
 
 VARIABLE = "REFDPO_COMMAND"
 """Environment variable with the whole command where no process can find it out: slurm/submit.py and slurm/job.sh set it for their jobs."""
@@ -29,14 +31,22 @@ class Command:
     chat_template: str | None
     shard_size: int | None
     """None: the default, which follows from the number of rows."""
+    columns: str | None = field(default=None, metadata=record.OPTIONAL)
+    """The options that say what the dataset's columns mean, as words; None: none were given."""
 
     @classmethod
     def now(
-        cls, ref_store: Path, *, limit: int | None = None, chat_template: Path | None = None, shard_size: int | None = None
+        cls,
+        ref_store: Path,
+        *,
+        limit: int | None = None,
+        chat_template: Path | None = None,
+        shard_size: int | None = None,
+        columns: str = "",
     ) -> "Command":
         """The command that runs now, with those of its options that decide which rows and template a store is made of."""
         template = None if chat_template is None else str(chat_template)
-        return cls(typed(), os.getcwd(), str(ref_store), limit, template, shard_size)
+        return cls(typed(), os.getcwd(), str(ref_store), limit, template, shard_size, columns or None)
 
     def to_json(self) -> dict:
         return asdict(self) | {"words": list(self.words)}

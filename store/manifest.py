@@ -315,16 +315,16 @@ def _explain_model(found: set[str], stored: Identity, now: Identity, then: Comma
 
 
 def _explain_rows(found: set[str], stored: Identity, now: Identity, then: Command | None, asked: Command | None) -> None:
-    """Which rows there are follows from split and limit, and the default shard size from their number."""
+    """Which rows there are follows from split, columns and limit, and the default shard size from their number."""
     other_number, known = "num_rows" in found, then is not None and asked is not None
     if "dataset_fingerprint" in found:
         limited = (
-            known and other_number and then.limit != asked.limit and (stored.num_rows == then.limit or now.num_rows == asked.limit)
+            known and other_number and then.limit != asked.limit and (then.limit in _parts(stored) or asked.limit in _parts(now))
         )
-        if source := _renamed(stored, now, "dataset", "dataset_revision", "split"):
+        if (source := _other_source(stored, now)) or (known and then.columns != asked.columns):
             if "dataset" not in source:
                 found -= {"dataset_fingerprint", "num_rows"}
-                found |= source
+                found |= source or {"columns"}
         elif limited and (limited := _one_file_has_both(stored, now, then, asked)):
             found -= {"num_rows", "dataset_fingerprint"}
         elif other_number and not known:  # a limit, most likely; a file that has changed is not ruled out
@@ -337,9 +337,24 @@ def _explain_rows(found: set[str], stored: Identity, now: Identity, then: Comman
 
 def _one_file_has_both(stored: Identity, now: Identity, then: Command, asked: Command) -> bool:
     """Whether limits explain both numbers of rows: a run without limit, or with fewer rows than that, has read all there were."""
-    runs = ((stored, then), (now, asked))
-    whole = {identity.num_rows for identity, command in runs if command.limit is None or identity.num_rows < command.limit}
-    return not whole or whole == {max(stored.num_rows, now.num_rows)}
+
+    def one_has(*runs: tuple[int, int | None]) -> bool:
+        whole = {num_rows for num_rows, limit in runs if limit is None or num_rows < limit}
+        return not whole or whole == {max(num_rows for num_rows, _ in runs)}
+
+    return all(one_has((one, then.limit), (other, asked.limit)) for one, other in zip(_parts(stored), _parts(now), strict=True))
+
+
+def _parts(identity: Identity) -> list[int]:
+    """Rows of each dataset."""
+    return [each.num_rows for each in identity.datasets or ()] or [identity.num_rows]
+
+
+def _other_source(stored: Identity, now: Identity) -> set[str]:
+    """What the rows are read from, as far as it is named otherwise."""
+    found = _renamed(stored, now, "dataset", "dataset_config", "dataset_revision", "split")
+    names = [[each.dataset for each in identity.datasets or ()] for identity in (stored, now)]
+    return found | ({"dataset"} if names[0] != names[1] else set())
 
 
 def _renamed(stored: Identity, now: Identity, *names: str) -> set[str]:
@@ -377,8 +392,10 @@ _TITLES = {
     "tokenizer_sha256": "tokenizer",
     "chat_template_sha256": "chat template",
     "dataset_fingerprint": "dataset (its rows differ)",
+    "dataset_config": "dataset configuration",
     "dataset_revision": "dataset revision",
     "split": "split",
+    "columns": "choice of columns",
     "limit": "limit",
     "num_rows": "number of rows",
     "max_length": "max length",
@@ -404,8 +421,10 @@ _OPTIONS = {
     "tokenizer_sha256": "--tokenizer",
     "chat_template_sha256": "--chat-template",
     "dataset_fingerprint": "--dataset and --split",
+    "dataset_config": "--dataset-config",
     "dataset_revision": "--dataset-revision",
     "split": "--split",
+    "columns": "--prompt-column and the like",
     "limit": "--limit",
     "num_rows": "--limit",
     "max_length": "--max-length",
@@ -414,13 +433,15 @@ _OPTIONS = {
     "template_date": "--template-date",
 }
 
-assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"limit"}
+assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"columns", "limit"}
 
 
 def _shown(name: str, identity: Identity, command: Command | None) -> str:
     """A field and its value as a person wants it: a short hash, and the name behind it."""
     if name == "limit":
         return f"limit {command.limit or 'none'} ({identity.num_rows:,} rows)"
+    if name == "columns":
+        return f"columns {command.columns or 'as they are'}"
     value = getattr(identity, name)
     text = f"{name} {value[:12] if name.endswith(('sha256', 'fingerprint')) else value}"
     if name == "chat_template_sha256" and command is not None:
@@ -464,9 +485,7 @@ def _changed_under_its_name(stored: Identity, now: Identity, names: list[str]) -
         "weights_sha256": (model, ("model", "revision")),
         "config_sha256": (f"The configuration of {now.model} has changed since.", ("model", "revision")),
         "tokenizer_sha256": (f"The tokenizer {now.tokenizer} has changed since.", ("tokenizer", "revision")),
-        "dataset_fingerprint": (rows, ("dataset", "dataset_revision", "split")),
-        "num_rows": (rows, ("dataset", "dataset_revision", "split")),
     }
-    if "dataset_fingerprint" not in names:
-        told.pop("num_rows")
+    if "dataset_fingerprint" in names and not _other_source(stored, now):
+        told |= {"dataset_fingerprint": (rows, ()), "num_rows": (rows, ())}
     return {name: text for name, (text, named) in told.items() if name in names and not _renamed(stored, now, *named)}

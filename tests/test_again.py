@@ -23,7 +23,7 @@ import cli
 from precompute.model import chat_template_sha256
 from store.command import Command
 from store.errors import StoreError
-from store.manifest import check_same
+from store.manifest import DatasetPart, check_same
 from store.reader import open_store
 from train import record
 from train.checkpoint import COMPLETE
@@ -47,6 +47,8 @@ def command(**changes) -> Command:
 
 
 OTHER_ROWS = {"dataset_fingerprint": "9" * 32, "num_rows": 6, "shard_size": 2}
+TWO = {"datasets": (DatasetPart("a", 5), DatasetPart("b", 2)), "num_rows": 7}
+TWO_SHORT = OTHER_ROWS | {"datasets": (DatasetPart("a", 3), DatasetPart("b", 2)), "num_rows": 5}
 OTHER_MODEL = {"model": "acme/b", "weights_sha256": "8" * 64}
 OTHER_TOKENIZER = {"tokenizer_sha256": "7" * 64, "chat_template_sha256": "6" * 64}
 
@@ -71,6 +73,10 @@ OTHER_TOKENIZER = {"tokenizer_sha256": "7" * 64, "chat_template_sha256": "6" * 6
         ({}, {"tokenizer_sha256": "7" * 64}, "tokenizer", "The tokenizer acme/tiny has changed since"),
         ({}, {"chat_template_sha256": "6" * 64}, "chat template", "repeat its --chat-template;"),
         ({}, OTHER_ROWS | {"split": "test"}, "split", "repeat its --split;"),
+        ({}, OTHER_ROWS | {"dataset_config": "v2"}, "dataset configuration", "repeat its --dataset-config;"),
+        ({}, OTHER_ROWS | {"columns": "--prompt-column q"}, "choice of columns", "repeat its --prompt-column and the like;"),
+        (TWO, TWO_SHORT | {"limit": 3}, "limit", "repeat its --limit;"),
+        (TWO, {"dataset_fingerprint": "9" * 32}, "dataset (its rows differ), number of rows", "repeat its --dataset and --split;"),
         ({}, OTHER_ROWS | {"dataset_revision": "v2"}, "dataset revision", "repeat its --dataset-revision;"),
         (
             {},
@@ -98,7 +104,9 @@ OTHER_TOKENIZER = {"tokenizer_sha256": "7" * 64, "chat_template_sha256": "6" * 6
 def test_a_refusal_names_what_was_asked_for_otherwise_and_nothing_that_follows_from_it(stored, now, blamed, said):
     def parts(given: dict):
         given = dict(given)
-        asked = command(limit=given.pop("limit", None), shard_size=given.pop("shard_size_given", None))
+        asked = command(
+            limit=given.pop("limit", None), shard_size=given.pop("shard_size_given", None), columns=given.pop("columns", None)
+        )
         return make_identity(**given), asked
 
     (there, then), (here, asked) = parts(stored), parts(now)

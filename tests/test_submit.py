@@ -53,6 +53,10 @@ OWN = "--dataset pairs.jsonl --precompute-args '--model ./model --max-length 64 
         ("--dataset nowhere.jsonl --precompute-args '--model m --max-length 64 --dtype float32'", "nowhere.jsonl: no such file"),
         ("--dataset 'no-*.parquet' --precompute-args '--model m --max-length 64 --dtype float32'", "no file matches"),
         ("--dataset ./think --precompute-args '--model m --max-length 64 --dtype float32'", "--dataset ./think: no such file"),
+        (
+            "--dataset pairs.jsonl --dataset b.jsonl --precompute-args '--model m --max-length 64 --dtype float32'",
+            "b.jsonl: no such",
+        ),
         ("--dataset acme/prefs", "--precompute-args: --model, --max-length, --dtype must be given"),
         ("--dataset acme/prefs --precompute-args '--max-length 64 --dtype float32'", "--model must be given"),
         ("--dataset think --precompute-args '--model ./nowhere'", "--model ./nowhere: no such folder"),
