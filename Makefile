@@ -13,7 +13,7 @@ SQL := select row, round(ref_chosen_logps, 1) as chosen, round(ref_rejected_logp
 	round(ref_chosen_logps / num_chosen_tokens - ref_rejected_logps / num_rejected_tokens, 3) as margin_per_token \
 	from pairs order by margin_per_token limit 5
 
-.PHONY: help demo test test-slurm test-all lint clean
+.PHONY: help demo test test-slurm test-all gpu lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test    the tests, but those of the next two lines"
 	@echo "make test-slurm  the batch scripts on real Slurm daemons, installed if absent (root; ten minutes)"
 	@echo "make test-all    all of them, packed ZeRO-2 training against TRL's too: what CI runs"
+	@echo "make gpu     all that is claimed for GPUs, on this machine's: a report in runs/gpu (eight minutes)"
 	@echo "make lint    ruff"
 	@echo "make clean   remove what the demo, the tests and the linter made; $(VENV) stays"
 	@echo "make $(VENV)   only the environment; demo, test and lint make it themselves"
@@ -92,6 +93,9 @@ test-slurm:
 
 test-all:
 	@$(MAKE) --no-print-directory test MARK=
+
+gpu: $(INSTALLED)
+	@$(PY) benchmarks/gpu.py
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

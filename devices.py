@@ -34,7 +34,7 @@ def num_gpus() -> int:
     if not there:
         return 0
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [f"a driver for {_driver()}", f"torch {torch.__version__} {_built_for()}"]
+    found = [f"a driver for {driver()}", f"torch {torch.__version__} {_built_for()}"]
     if chosen is not None:
         found.append(f"CUDA_VISIBLE_DEVICES={chosen}")
     found += [" ".join(str(each.message).split())[:300] for each in said][-1:]
@@ -82,7 +82,7 @@ def device(local_rank: int):
             f"{torch.cuda.get_device_name(where)} cannot be used: {' '.join(str(error).split())[:200]}",
             where=where,
             expected=f"a GPU of {', '.join(torch.cuda.get_arch_list())}, free and in order",
-            found=f"sm_{major}{minor}, a driver for {_driver()}, torch {torch.__version__} {_built_for()}",
+            found=f"sm_{major}{minor}, a driver for {driver()}, torch {torch.__version__} {_built_for()}",
             next=f"Look at it with nvidia-smi; for another PyTorch: uv pip install --reinstall torch --torch-backend=auto. {ON_PURPOSE}",
         ) from error
     return where
@@ -125,7 +125,7 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def _driver() -> str:
+def driver() -> str:
     """`CUDA 12.8 (570.86.10)`, as far as the driver says."""
     version = ctypes.c_int(0)
     try:

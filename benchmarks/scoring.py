@@ -31,7 +31,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from shapes import SHAPES, make_model
+from shapes import SHAPES, forward_flops, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import Process
@@ -172,7 +172,7 @@ def time_scoring_and_products(args, store: Store) -> dict[str, float]:
         with ready_to_score(model):
             for batch in pack(sequences, args.tokens_per_batch):
                 found["scoring"] += _timed(device, lambda batch=batch: score_packed(model, batch).cpu())
-                found["flops"] += _flops(model.config.get_text_config(), layers, head, batch)
+                found["flops"] += forward_flops(model.config.get_text_config(), layers, head, batch)
                 found["tokens"] += len(batch.input_ids)
                 if device.type == "cpu":
                     attention = _attention_products(model.config.get_text_config(), batch, head.dtype)
@@ -215,19 +215,6 @@ def _attention_products(config, batch: PackedBatch, dtype: torch.dtype) -> float
 
                 seconds += share * _timed(torch.device("cpu"), products) * config.num_key_value_heads * config.num_hidden_layers
     return seconds
-
-
-def _flops(config, layers: list[torch.nn.Linear], head: torch.Tensor, batch: PackedBatch) -> float:
-    """2 per multiply-add: linear layers on every computed token, head on scored ones, attention's two products on visible keys."""
-    flops = 2.0 * len(batch.input_ids) * sum(layer.weight.numel() for layer in layers) + 2.0 * len(batch.targets) * head.numel()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    for kind in kinds:
-        window = config.sliding_window if kind == "sliding_attention" else float("inf")
-        for branch in batch.branches:
-            seen = np.minimum(np.arange(branch.num_context + 1, branch.num_context + branch.stop - branch.start + 1), window)
-            flops += 4.0 * float(seen.sum()) * config.num_attention_heads * width
-    return flops
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerBase
+
+from precompute.packing import PackedBatch
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "sliding_window": 64},
@@ -22,11 +25,12 @@ SHAPES = {
         "sliding_window": 4096,
     },
 }
-"""Olmo3Config; 7B is allenai/Olmo-3-7B's. Every fourth layer sees all tokens."""
+SHAPES["7B/4"] = SHAPES["7B"] | {"num_hidden_layers": 8}
+"""Olmo3Config; 7B is allenai/Olmo-3-7B's, of which 7B/4 has a quarter: one GPU can train it. Every fourth layer sees all tokens."""
 
 
-def make_model(shape: str, tokenizer: PreTrainedTokenizerBase, dtype: str, folder: Path) -> None:
-    """Write a model of SHAPES[shape] with the tokenizer's vocabulary, and the tokenizer, to `folder`."""
+def random_model(shape: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> Olmo3ForCausalLM:
+    """A model of SHAPES[shape] with the tokenizer's vocabulary, on the first GPU or the CPU."""
     config = Olmo3Config(
         vocab_size=-(-len(tokenizer) // 128) * 128,
         max_position_embeddings=65536,
@@ -38,5 +42,23 @@ def make_model(shape: str, tokenizer: PreTrainedTokenizerBase, dtype: str, folde
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Olmo3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+
+
+def make_model(shape: str, tokenizer: PreTrainedTokenizerBase, dtype: str, folder: Path) -> None:
+    """Write such a model and the tokenizer to `folder`."""
+    random_model(shape, tokenizer, dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def forward_flops(config, layers: list[torch.nn.Linear], head: torch.Tensor, batch: PackedBatch) -> float:
+    """2 per multiply-add: linear layers on every computed token, head on scored ones, attention's two products on visible keys."""
+    flops = 2.0 * len(batch.input_ids) * sum(layer.weight.numel() for layer in layers) + 2.0 * len(batch.targets) * head.numel()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    for kind in kinds:
+        window = config.sliding_window if kind == "sliding_attention" else float("inf")
+        for branch in batch.branches:
+            seen = np.minimum(np.arange(branch.num_context + 1, branch.num_context + branch.stop - branch.start + 1), window)
+            flops += 4.0 * float(seen.sum()) * config.num_attention_heads * width
+    return flops

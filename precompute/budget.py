@@ -35,7 +35,16 @@ def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, n
     """
     kind = model.device.type
     free = _free(model.device) * SHARE[kind] / (num_workers if kind == "cpu" else 1)
-    small, large = (_peak(model, layout, tokens) for tokens in PROBES)
+    try:
+        small, large = (_peak(model, layout, tokens) for tokens in PROBES)
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(
+            "the measured batch itself does not fit the memory",
+            where="--tokens-per-batch auto",
+            expected=f"room for {PROBES[1]:,} tokens",
+            found=f"{free / 2**30:.2f} GiB, {SHARE[kind]:.0%} of what is free",
+            next="Free memory (other processes?), or give --tokens-per-batch a number.",
+        ) from error
     per_token = max(1.0, (large - small) / (PROBES[1] - PROBES[0]))
     constant = max(0.0, small - per_token * PROBES[0])
     fitting = math.floor((free - constant) / per_token)

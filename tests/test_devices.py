@@ -209,6 +209,6 @@ def test_a_pytorch_without_windows_in_varlen_attention(monkeypatch):
 
 def test_the_driver_is_described_from_what_there_is(machine, monkeypatch):
     machine()
-    assert devices._driver().endswith("(535.104.05)")
+    assert devices.driver().endswith("(535.104.05)")
     monkeypatch.setattr(devices, "DRIVER", Path("nowhere"))
-    assert devices._driver()
+    assert devices.driver()

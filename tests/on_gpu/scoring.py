@@ -18,6 +18,7 @@ from precompute.model import weights_sha256
 from precompute.packing import pack
 from precompute.scoring import ready_to_score, score, score_packed
 from precompute.worker import self_test
+from store.errors import InputError
 from train.self_test import self_test_policy
 
 DEVICE = torch.device("cuda", torch.cuda.device_count() - 1)
@@ -129,7 +130,11 @@ def test_auto_takes_what_fits_and_less_where_more_was_predicted(monkeypatch):
     monkeypatch.setattr(budget, "_fits", lambda *args: (tried.append(args[-1]), fits(*args))[1])
     again = budget.largest_budget(model, layout="packed", max_length=512, num_workers=1)
     assert len(tried) > 1 and tried[-1] == again < tried[0]  # CUDA out of memory, and less
-    del taken
+
+    more = torch.empty(torch.cuda.mem_get_info(DEVICE)[0] - 64 * MIB, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(InputError, match="the measured batch itself does not fit"):
+        budget.largest_budget(model, layout="packed", max_length=512, num_workers=1)
+    del taken, more
 
 
 @counted
