@@ -136,3 +136,16 @@ def test_a_task_of_srun_uses_the_only_gpu_it_sees(folder):
     said = run(precompute(folder, "--ref-store", folder / "by-srun", "--limit", 8), environment(1) | task)
     assert re.search("^device: NVIDIA", said, re.MULTILINE)
     assert (folder / "by-srun" / "part-00001.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_report_goes_on_past_a_part_that_fails(tmp_path):
+    """`make gpu`: a shape that does not exist fails one part; the next is in the report all the same."""
+    command = ["benchmarks/gpu.py", "--parts", "profile,scoring", "--shapes", "tiny,none", "--minutes", "30"]
+    said = run([*command, "--output", tmp_path / "report.md"], environment(1), code=1)
+    assert "failed: profile; the report says how" in said
+    report = (tmp_path / "report.md").read_text()
+    assert report.startswith("# NVIDIA")
+    profiled, scored = report[report.index("## Profile") :].split("## Scoring")
+    assert "**This part ended with exit code 1.**" in profiled and "KeyError: 'none'" in profiled
+    assert "| 512 |" in scored and re.search(r"`--tokens-per-batch auto` chose [\d,]+ tokens", scored) and "**" not in scored
