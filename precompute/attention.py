@@ -53,9 +53,10 @@ class PackedLayout:
         self.paths = kernels.Paths(branches)
         self.max_queries, self.max_keys = max(num_queries), max(num_keys)
         self.cu_queries = torch.tensor(np.cumsum([0, *num_queries]), dtype=torch.int32, device=device)
-        self.cu_keys = torch.tensor(np.cumsum([0, *num_keys]), dtype=torch.int32, device=device)
-        # Without sharing the keys already lie in this order.
-        self.gather = None if len(gather) == sum(num_queries) else torch.from_numpy(gather).to(device)
+        # Without sharing the keys already lie in this order, and one tensor says both, for kernels that ask for it to be one.
+        shared = len(gather) != sum(num_queries)
+        self.cu_keys = torch.tensor(np.cumsum([0, *num_keys]), dtype=torch.int32, device=device) if shared else self.cu_queries
+        self.gather = torch.from_numpy(gather).to(device) if shared else None
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,12 @@ def _varlen(query, key, value, scaling, window, layout: PackedLayout, **options)
 
     lengths = (layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys)
     left = -1 if window is None else window - 1
-    grouped = query.shape[1] != key.shape[1]
-    return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(left, 0), enable_gqa=grouped, **options)
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11: each query head gets a copy of its key head, in the same order
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(left, 0), **options)
 
 
 class _VarlenWithSinks(torch.autograd.Function):

@@ -11,6 +11,7 @@ import tiny
 import torch
 from made_up_gpu import flash
 from test_scoring import TOLERANCE, pairs, plain
+from torch.nn.attention import varlen
 
 from precompute import attention
 from precompute.attention import packed_attention, packed_hidden
@@ -49,6 +50,35 @@ def test_scores_equal_the_plain_forward(kind, tokens_per_batch, gpu_path):
         np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
     num_batches = len(list(pack(sequences, tokens_per_batch)))
     assert gpu_path["forward"] == num_batches * model.config.num_hidden_layers
+
+
+def test_grouped_heads_where_varlen_attention_does_not_take_them(gpu_path, monkeypatch):
+    """torch 2.11 has `scale` and `window_size` and no `enable_gqa`; it wants as many key heads as query heads."""
+    newer = varlen.varlen_attn
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        assert query.shape[1:] == key.shape[1:] == value.shape[1:]
+        return newer(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    model = tiny.make_model("olmo3")
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    sequences = pairs(seed=3)
+    for sequence, logps in zip(sequences, score(model, sequences, layout="packed", tokens_per_batch=100_000), strict=True):
+        np.testing.assert_allclose(logps, plain(model, sequence), atol=TOLERANCE, rtol=0)
+    assert gpu_path["forward"] == model.config.num_hidden_layers
+    packed, alone = gradients(model)
+    for name, expected in alone.items():
+        torch.testing.assert_close(packed[name], expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_lengths_are_one_tensor_where_nothing_is_shared(shared):
+    ids = np.arange(2, 2 + MIN_SHARED + 40, dtype=np.int32)
+    sequences = [Sequence(np.concatenate([ids if shared else ids + 99 * i, [200 + i] * 9]).astype(np.int32), 5) for i in range(3)]
+    (batch,) = pack(sequences, 100_000)
+    layout = attention.PackedLayout(batch.branches, torch.device("cpu"))
+    assert (layout.cu_keys is layout.cu_queries) == (layout.gather is None) == (not shared)
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
