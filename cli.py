@@ -519,7 +519,7 @@ def analyze_cmd(
     if png is None:
         from default_store import default_store, preset_of
 
-        png = Path("runs") / "analyze" / f"{default_store(dataset, preset_of(dataset)).name}.png"
+        png = Path("runs") / "analyze" / f"{default_store((dataset,), preset_of(dataset)).name}.png"
     plot(analysis, png)
     if as_json:
         import json

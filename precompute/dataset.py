@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -133,6 +134,7 @@ def load_rows(
     such split, or its columns are not those of a preference dataset.
     """
     datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()  # a README without a header is no news
     options = options or ColumnOptions()
     where = f"--dataset {source}"
     try:
