@@ -115,7 +115,6 @@ def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> 
     """Shards in one commit, then manifest and card in another. The Hub keeps uploaded chunks: a second try sends only what is
     missing."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
     shards = {shard.name: shard.sha256 for shard in store.manifest.shards}
@@ -154,10 +153,12 @@ def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> 
                 repo_type="dataset",
                 commit_message=f"{name} of a sealed store",
             )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except (InputError, StoreError):
+        raise
+    except Exception as error:  # the client's own, its HTTP library's, the system's
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"the Hub refused: {type(error).__name__}: {reason}",
+            f"the Hub refused or cannot be reached: {type(error).__name__}: {reason}",
             where=repo,
             next=f"Log in with `hf auth login`, check the name, then run it again: {again()}",
         ) from error

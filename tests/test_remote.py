@@ -180,6 +180,16 @@ def test_fake_hub_takes_what_the_real_client_takes():
         assert set(signature(getattr(FakeHub, name)).parameters) <= set(signature(getattr(HfApi, name)).parameters), name
 
 
+def test_a_hub_that_cannot_be_reached_is_one_line(store, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "none")
+    with pytest.raises(InputError, match="cannot be reached: ConnectError"):
+        push(store, "acme/think-ref")
+
+
 def test_push_to_the_hub(store, tmp_path, monkeypatch):
     hub = FakeHub()
     monkeypatch.setattr("huggingface_hub.HfApi", hub)
