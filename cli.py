@@ -231,6 +231,14 @@ local_store_option = click.option(
 )
 
 
+attention_kernel_option = click.option(
+    "--attention-kernel",
+    type=click.Choice(["default", "FA3", "FA4"]),
+    default="default",
+    show_default=True,
+    help="Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.",
+)
+
 DATASET_OPTIONS = (
     click.option("--dataset-config", help="Configuration of a dataset that has several."),
     click.option("--dataset-revision", help="Revision of the dataset on the hub."),
@@ -315,6 +323,7 @@ def identity_options(command):
     show_default=True,
     help="padded: plain batches, for models that packed refuses.",
 )
+@attention_kernel_option
 @click.option(
     "--tokens-per-batch",
     callback=lambda context, option, value: value if value == "auto" else click.IntRange(min=1).convert(value, option, context),
@@ -623,6 +632,7 @@ def _analyze_config(dataset: str, model: str | None, **given):
     type=click.FloatRange(min=0),
     help="Weight of a mixture of experts' load-balancing loss.  [default: none; TRL's is the model's own]",
 )
+@attention_kernel_option
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="[default: on]")
 @click.option("--torch-compile", is_flag=True, help="With --layout padded only.")
 @click.option("--seed", type=int, default=42, show_default=True)

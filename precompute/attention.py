@@ -40,6 +40,15 @@ HARMLESS = {"position_ids", "cache_position", "position_embeddings", "output_att
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+KERNELS = {
+    "default": None,
+    "FA3": ("FlashAttention 3 (module flash_attn_interface)", (9,)),
+    "FA4": ("FlashAttention 4 (package flash-attn-4)", (9, 10)),
+}
+"""What computes packed rows on a GPU: PyTorch's own kernel, or one that PyTorch activates: its package, and the major compute capabilities
+for which PyTorch does."""
+
+
 class PackedLayout:
     """What attention needs to know of one packed row: its branches, and for `varlen_attn` where each one's queries and keys lie."""
 
@@ -366,6 +375,57 @@ def refuse_without_kernels(device: torch.device, dtype: str) -> None:
             found=found,
             next="Install a newer PyTorch (uv pip install --upgrade torch --torch-backend=auto), or use --layout padded.",
         )
+
+
+def use_kernel(kernel: str, *, layout: str, device: torch.device, dtype: str) -> None:
+    """Let packed rows attend with one of KERNELS from now on; to be called before a model is loaded.
+
+    Raises InputError where the layout, the device, PyTorch or the kernel's package does not fit.
+    """
+    where = f"--attention-kernel {kernel}"
+    if layout != "packed" and kernel != "default":
+        raise InputError("belongs to the packed layout", where=where, next="Leave it out, or use --layout packed.")
+    if layout == "packed":
+        refuse_without_kernels(device, dtype)
+    if kernel == "default":
+        return
+    package, capabilities = KERNELS[kernel]
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    if capability not in capabilities or dtype == "float32":
+        raise InputError(
+            "the kernel cannot run here",
+            where=where,
+            expected=f"bfloat16 or float16 on a GPU of compute capability {' or '.join(f'{major}.0' for major in capabilities)}",
+            found=f"{dtype} on {'the CPU' if capability is None else torch.cuda.get_device_name(device)}",
+            next="Leave it out.",
+        )
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl(kernel)
+    except (ImportError, RuntimeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"the kernel cannot be activated: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            where=where,
+            expected=f"{package}, and a PyTorch that knows {kernel}",
+            found=f"torch {torch.__version__}",
+            next="Install it, or leave the option out.",
+        ) from error
+
+
+@contextmanager
+def named_kernel(kernel: str):
+    """Around the first use of a kernel that was asked for by name: what it does not compute is an InputError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if kernel == "default":
+            raise
+        raise InputError(
+            f"the kernel does not run this model: {' '.join(str(error).split())[:300]}",
+            where=f"--attention-kernel {kernel}",
+            next="Leave it out.",
+        ) from error
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 import devices
 from launch import Process, place_among_all
 from precompute import kernels
-from precompute.attention import refuse_without_kernels
+from precompute.attention import named_kernel, use_kernel
 from precompute.budget import largest_budget
 from precompute.clock import Clock
 from precompute.columns import ColumnOptions
@@ -101,6 +101,8 @@ class PrecomputeConfig:
     """YYYY-MM-DD, for a chat template that writes the date."""
     # speed: recorded, never compared
     layout: Layout = "packed"
+    attention_kernel: str = "default"
+    """One of precompute.attention.KERNELS."""
     tokens_per_batch: int | Literal["auto"] = 16384
     attn_implementation: str | None = None
     """Of the padded layout; None: precompute/model.py decides."""
@@ -122,8 +124,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     where = devices.device(process.local_rank)
     if config.show == "text" and process.rank == 0:
         print(devices.describe(where, process.world), file=sys.stderr)
-    if config.layout == "packed":
-        refuse_without_kernels(where, config.dtype)
+    use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=config.dtype)
     if config.reuse is not None:
         refuse_non_store(config.reuse)
     # Before the weights are read, for files may change meanwhile; a hub's do not, and asking for a model that is not there takes its time.
@@ -151,7 +152,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if says and (notice := attention_notice(model, config.attn_implementation)) is not None:
         print(notice, file=sys.stderr)
     budget = 16384 if config.tokens_per_batch == "auto" else config.tokens_per_batch
-    tested = self_test(model, config.dtype, layout=config.layout, tokens_per_batch=budget)
+    with named_kernel(config.attention_kernel):
+        tested = self_test(model, config.dtype, layout=config.layout, tokens_per_batch=budget)
     if says:
         print(tested, file=sys.stderr)
     if config.tokens_per_batch == "auto":
@@ -204,6 +206,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     give_back_freed_memory()  # sealing holds every shard's footer
     recorded = {
         "layout": config.layout,
+        "attention_kernel": config.attention_kernel,
         "threads_per_worker": torch.get_num_threads(),
         "command": command.to_json(),
         "checkpoint_stamp": stamp or checkpoint_stamp(config.model, config.revision),

@@ -13,8 +13,12 @@ from train_setup import make_world
 
 import cli
 import devices
-from precompute.attention import refuse_without_kernels
+import precompute.model
+import precompute.worker
+import train.run
+from precompute.attention import KERNELS, named_kernel, refuse_without_kernels, use_kernel
 from store.errors import InputError
+from train.config import ATTENTION_KERNELS
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
 
@@ -131,8 +135,8 @@ def commands(tmp_path_factory):
 @pytest.mark.parametrize("name", ["precompute", "train", "verify"])
 def test_commands_end_in_one_line_before_anything_is_loaded(machine, commands, name, by_a_launcher, monkeypatch):
     machine(counted=4, said=TOO_OLD)
-    for module in ("precompute.model", "precompute.worker", "train.run"):
-        monkeypatch.setattr(f"{module}.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    for module in (precompute.worker, train.run, precompute.model):
+        monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items() if by_a_launcher else ():
         monkeypatch.setenv(variable, value)
     result = CliRunner().invoke(cli.main, commands[0][name])
@@ -212,3 +216,48 @@ def test_the_driver_is_described_from_what_there_is(machine, monkeypatch):
     assert devices.driver().endswith("(535.104.05)")
     monkeypatch.setattr(devices, "DRIVER", Path("nowhere"))
     assert devices.driver()
+
+
+def test_kernels_by_name(monkeypatch):
+    """Activated through PyTorch where device, dtype, layout and package fit; each that does not is named."""
+    activated, gpu = [], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
+    assert tuple(KERNELS) == ATTENTION_KERNELS
+    use_kernel("default", layout="packed", device=gpu, dtype="bfloat16")
+    use_kernel("default", layout="padded", device=torch.device("cpu"), dtype="float32")
+    assert activated == []
+    use_kernel("FA4", layout="packed", device=gpu, dtype="bfloat16")
+    assert activated == ["FA4"]
+    for kernel, layout, device, dtype, text in (
+        (
+            "FA3",
+            "packed",
+            gpu,
+            "bfloat16",
+            "expected bfloat16 or float16 on a GPU of compute capability 9.0; found bfloat16 on NVIDIA B200",
+        ),
+        ("FA4", "packed", gpu, "float32", "found float32 on NVIDIA B200"),
+        ("FA4", "packed", torch.device("cpu"), "bfloat16", "found bfloat16 on the CPU"),
+        ("FA4", "padded", gpu, "bfloat16", "--attention-kernel FA4: belongs to the packed layout"),
+    ):
+        with pytest.raises(InputError, match=text):
+            use_kernel(kernel, layout=layout, device=device, dtype=dtype)
+    assert activated == ["FA4"]
+
+
+def test_a_kernel_whose_package_is_absent_or_that_does_not_run_the_model(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    with pytest.raises(
+        InputError, match="--attention-kernel FA4: the kernel cannot be activated: ModuleNotFoundError.*flash-attn-4"
+    ):
+        use_kernel("FA4", layout="packed", device=gpu, dtype="bfloat16")
+    with (
+        pytest.raises(InputError, match="FA4: the kernel does not run this model: FA4 flash_attention forward unsupported"),
+        named_kernel("FA4"),
+    ):
+        raise RuntimeError("FA4 flash_attention forward unsupported: head")
+    with pytest.raises(RuntimeError, match="as it was"), named_kernel("default"):
+        raise RuntimeError("as it was")

@@ -47,6 +47,9 @@ REPORTERS = ("wandb", "tensorboard")
 
 LAYOUTS = ("packed", "padded")
 
+ATTENTION_KERNELS = ("default", "FA3", "FA4")
+"""precompute.attention.KERNELS, known without torch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -101,6 +104,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 42
+    attention_kernel: str = "default"
+    """Of the packed layout, on a GPU: default | FA3 | FA4, the last two from their packages."""
     attn_implementation: str | None = None
     """Of the padded layout, by transformers' name; None: sdpa, or eager where an architecture has no other."""
     router_aux_loss_coef: float | None = None
@@ -232,6 +237,7 @@ class TrainConfig:
                 where=f"--attn-implementation {self.attn_implementation}",
                 next="Leave it out, or use --layout padded.",
             )
+        _require_one_of(self.attention_kernel, ATTENTION_KERNELS, "--attention-kernel")
         if self.layout == "packed" and self.torch_compile:
             raise InputError(
                 "the packed layout cannot be compiled",
@@ -312,6 +318,7 @@ FREE_ON_RESUME = frozenset(
             "gradient_checkpointing",
             "torch_compile",
             "attn_implementation",
+            "attention_kernel",
             "layout",
         ),
         *(

@@ -28,7 +28,7 @@ from trl import DPOConfig
 
 import devices
 from launch import Process, launched
-from precompute.attention import refuse_without_kernels
+from precompute.attention import named_kernel, use_kernel
 from precompute.model import attention_notice, load_model, load_tokenizer
 from precompute.rope import refuse_dynamic, refuse_mixed
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
@@ -93,8 +93,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         raise InputError(
             "float16 trains on GPUs only", where="--dtype float16", next="On the CPU use a store in float32 or bfloat16."
         )
-    if config.layout == "packed":
-        refuse_without_kernels(where, policy.dtype)
+    use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=policy.dtype)
 
     resharded = checkpoint is not None and must_reshard(checkpoint, process.world)
     engine_options = ENGINE_OPTION if resharded else {}
@@ -114,7 +113,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     if config.layout == "padded":
         refuse_mixed(model, np.concatenate([lengths.prompt + lengths.chosen, lengths.prompt + lengths.rejected]))
     refuse_dynamic(model, int(lengths.longer.max(initial=0)))
-    say(str(self_test_policy(model, policy.dtype, config.layout)))
+    with named_kernel(config.attention_kernel):
+        say(str(self_test_policy(model, policy.dtype, config.layout)))
     if (routers := router_notice(model, config)) is not None:
         say(routers)
     if checkpoint is not None:
