@@ -78,7 +78,7 @@ def _reasons(found: dict[str, dict[str, Outcome]]) -> str:
 
 
 def _not_made() -> str:
-    text = "\n## Not tried\n"
+    text = "\n\n## Not tried\n"
     return text + "".join("\n" + _wrapped(f"- `{name}`: {reason}") for name, reason in sorted(NOT_MADE.items())) + "\n"
 
 

@@ -23,14 +23,19 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from precompute.model import load_model
 from precompute.packing import Sequence
+from precompute.rope import refuse_dynamic, refuse_mixed
 from precompute.scoring import score
-from precompute.worker import self_test
+from precompute.self_test import self_test
 from store.errors import InputError
 from train.flops import PairFlops
 from train.packed import pack_policy
+from train.self_test import self_test_policy
 
 ROUNDING = 1e-3
 """Largest difference that counts as right: nats of any token in float32, or of a parameter's gradient as a share of its norm. Seen: 1e-5, 1e-4."""
+
+LONGEST_REASON = 110
+"""Characters of an error that docs/models.md shows."""
 
 WAYS = ("packed scoring", "padded scoring", "packed training", "padded training")
 
@@ -45,11 +50,12 @@ class Outcome:
 
 def sequences() -> list[Sequence]:
     """Of unequal lengths on both sides of every threshold of architectures.py (24, 32 and 48 tokens, and the tokens at them); prefixes shared
-    within the prompt, up to its end, and deep in the completion; a prompt of one token; one sequence twice."""
+    within the prompt, up to its end, and deep in the completion; a prompt of one token; one sequence twice. The ids of bos, pad and eos (0, 1, 2)
+    stand inside, as they do in conversations whose pad is their eos."""
     rng = np.random.default_rng(0)
 
     def tokens(count: int) -> np.ndarray:
-        return rng.integers(10, 384, count)
+        return rng.choice([0, 1, 2, *range(10, 384)], count, p=[0.02] * 3 + [0.94 / 374] * 374)
 
     def sequence(prefix: np.ndarray, length: int, num_prompt: int) -> Sequence:
         return Sequence(np.concatenate([prefix, tokens(length - len(prefix))]).astype(np.int32), num_prompt)
@@ -150,26 +156,27 @@ def _judged(way: Callable[[], float]) -> Outcome:
 
 
 def _first_clause(error: InputError) -> str:
-    """What is wrong, without the numbers, which depend on the machine, and without the tail of another library's message."""
-    return re.sub(
-        r"\b[A-Z]\w+(Model|LM|Generation|Head)\b",
-        "this class",
-        re.sub(r"\b\d+(\.\d+)?(e-?\d+)?\b", "...", " ".join(error.what.split())),
-    )[:110]
+    """What is wrong, without the numbers, which depend on the machine, the name of the class, and the tail of another library's message."""
+    text = re.sub(r"\b\d+(\.\d+)?(e-?\d+)?\b", "...", " ".join(error.what.split()))
+    text = re.sub(r"\b[A-Z]\w+(Model|LM|Generation|Head)\b", "this class", text)
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
 
 
 def _scoring(model: PreTrainedModel, made: list[Sequence], alone: Alone, layout: str) -> float:
     model = copy.deepcopy(model)
-    if layout == "packed":
-        self_test(model, "float32")
+    self_test(model, "float32", layout=layout)
     found = [score(model, made, layout=layout, tokens_per_batch=budget) for budget in (300, 100_000)]
     return np.max([_largest(scores, expected) for scores in found for expected in alone.logps])
 
 
 def _training(model: PreTrainedModel, made: list[Sequence], alone: Alone, layout: str) -> float:
+    lengths = np.array([len(each.ids) for each in made])
+    if layout == "padded":
+        refuse_mixed(model, lengths)
+    refuse_dynamic(model, int(lengths.max()))
+    self_test_policy(copy.deepcopy(model), "float32", layout)
     policy = _trainable(model)
-    if layout == "packed":
-        PairFlops.of(policy)
+    PairFlops.of(policy)
     add_fused_lm_head(policy, outputs=("log_probs",))
     if layout == "packed":
         pack_policy(policy, ("log_probs",))

@@ -10,11 +10,8 @@ from architectures import NOT_MADE, UNFELT, VARIANTS, config_of, make_model, nam
 from sweep import plain, sequences, sweep
 
 SHORT = (
-    "llama",
     "olmo3",
-    "mistral",
     "qwen3_moe, no window",
-    "gpt2",
     "gemma2",
     "gemma4_text",
     "gpt_oss",
@@ -23,7 +20,6 @@ SHORT = (
     "nemotron",
     "phi3, RoPE longrope",
     "qwen2_moe",
-    "doge",
     "modernbert-decoder",
     "falcon, alibi",
     "lfm2",
