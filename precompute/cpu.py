@@ -38,7 +38,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """F.linear, differentiable: x [..., in], weight [out, in], bias [out] or None -> [..., out], in their dtype."""
     if not _onednn_is_faster(x):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias)
+    # Rows and columns only: the operator's result is a view otherwise, which autograd lets nobody change in place, as Gemma 3n does.
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _onednn_is_faster(x: torch.Tensor) -> bool:
@@ -57,7 +60,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b; dx = dy W, dW = dy^T x, db = the sum of dy over tokens."""
+    """x [T, in] -> y [T, out]; y = x W^T + b; dx = dy W, dW = dy^T x, db = the sum of dy over tokens."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -68,11 +71,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
         return (
             _product(grad, weight.t()) if for_x else None,
-            _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if for_weight else None,
-            rows.sum(dim=0) if for_bias else None,
+            _product(grad.t(), x.t()) if for_weight else None,
+            grad.sum(dim=0) if for_bias else None,
         )
 
 

@@ -66,7 +66,10 @@ def _measured(model: PreTrainedModel) -> Head:
     training = model.training
     try:
         tokens = torch.tensor([[1, 2]], device=model.device) % num_entries
-        logits = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+        logits = model.eval()(**given).logits
+        if "hidden" not in seen:  # its forward calls a part of the body, as OPT's does
+            body(**given)
     finally:
         model.train(training)
         for hook in hooks:

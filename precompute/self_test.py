@@ -83,7 +83,7 @@ def compare(model: PreTrainedModel, dtype: str, compute: Compute, *, what: str, 
     of_twin = None
     if twin is not None:
         sequences = made_up(_around(twin.lengths, _context(twin.model)), twin.model)
-        of_twin = _largest(_attempt(compute, twin.model, sequences, what, advice), alone(twin.model, sequences))
+        of_twin = _largest(attempt(compute, twin.model, sequences, what, advice), alone(twin.model, sequences))
         if not of_twin <= TWIN_TOLERANCE:  # also true for NaN
             raise InputError(
                 f"{what} disagrees with this architecture's own forward by up to {of_twin:.2g} nats per token, in float32 on a small"
@@ -115,8 +115,8 @@ def compare(model: PreTrainedModel, dtype: str, compute: Compute, *, what: str, 
     return SelfTest(what, of_twin, of_model, noise, time.monotonic() - started)
 
 
-def _attempt(compute: Compute, twin: PreTrainedModel, sequences: list[Sequence], what: str, advice: str) -> list[np.ndarray]:
-    """InputError too where the architecture's code cannot run what `compute` gives it."""
+def attempt(compute: Callable, twin: PreTrainedModel, sequences: list[Sequence], what: str, advice: str):
+    """compute(twin, sequences); InputError too where the architecture's code cannot run what `compute` gives it."""
     try:
         return compute(twin, sequences)
     except InputError:

@@ -183,4 +183,6 @@ def _cut_heads(config) -> None:
     config.num_attention_heads = few * groups
     if kv_heads is not None:
         config.num_key_value_heads = few
-    config.hidden_size = few * groups * head_width
+    before, config.hidden_size = config.hidden_size, few * groups * head_width
+    if state_heads := getattr(config, "mamba_n_heads", None):  # of their own width, on a multiple of the hidden size
+        config.mamba_n_heads = max(1, state_heads * config.hidden_size // before)

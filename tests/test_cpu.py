@@ -104,3 +104,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     as_it_is, kept, given_back = map(int, done.stdout.split())
     pages = (64 << 20) // resource.getpagesize()
     assert min(as_it_is, given_back) > pages // 600 and kept < as_it_is // 10, done.stdout  # huge pages may make 512 times fewer
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (1, 4, 3)])
+def test_a_product_may_be_changed_in_place_as_gemma_3n_does(shape, monkeypatch):
+    monkeypatch.setattr("precompute.cpu._onednn_is_faster", lambda x: True)
+    found = []
+    for product in (linear, torch.nn.functional.linear):
+        torch.manual_seed(0)
+        given = [torch.randn(each, requires_grad=True) for each in (shape, (5, 3), (5,))]
+        result = product(*given)
+        result *= 2
+        result.sin().sum().backward()
+        found.append([result, *(each.grad for each in given)])
+    torch.testing.assert_close(*found)

@@ -43,6 +43,23 @@ def one_row(model, sequences):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_body_called_in_parts_and_biases_without_a_gradient(layout):
+    """OPT calls its body's decoder, and a bias of its keys changes no score."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **tiny.SMALL, ffn_dim=64, word_embed_proj_dim=64)).eval()
+    for seen in (self_test(model, "float32", layout=layout), self_test_policy(model, "float32", layout)):
+        assert max(seen.of_twin, seen.of_model) < 1e-4
+
+
+def test_what_a_backward_cannot_do_is_one_error(monkeypatch):
+    def broken(*given):
+        raise RuntimeError("no such backward")
+
+    monkeypatch.setattr("train.self_test._gradients_differ", broken)
+    with pytest.raises(InputError, match="packed training cannot run this architecture: RuntimeError: no such backward"):
+        self_test_policy(make("llama"), "float32", "packed")
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_catches_rope_that_follows_the_row(layout, dtype, monkeypatch):
     for module in ("precompute.scoring", "train.packed", "train.self_test"):
@@ -135,6 +152,14 @@ def test_the_twin_of_a_released_size_is_small_and_keeps_its_kinds_of_layers(kind
     assert set(getattr(twin.model.config, "layer_types", None) or ()) == kinds
     assert all(length <= 96 for length in twin.lengths)
     assert bool(twin.lengths) == (kind not in ("llama", "mixtral", "qwen3_moe"))
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "bamba"])
+def test_the_twin_of_a_hybrid_whose_states_follow_the_hidden_size(kind, monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind))
+    monkeypatch.setattr(type(model), "device", torch.device("cpu"))
+    assert sum(each.numel() for each in twin_of(model).model.parameters()) < 1e7
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,16 @@ from precompute.head import head_of
 from precompute.packing import Sequence
 from precompute.rope import together
 from precompute.scoring import Layout
-from precompute.self_test import SelfTest, alone_logps, compare, made_up
+from precompute.self_test import SelfTest, alone_logps, attempt, compare, made_up
 from precompute.twin import twin_of
 from store.errors import InputError
 from train.packed import packed_forward, refuse_unpackable_policy
 
 GRADIENT_TOLERANCE = 1e-3
 """Largest |difference| of a gradient's entry on the twin in float32, as a share of the tensor's largest. Measured where it is right: 1e-5."""
+
+GRADIENT_FLOOR = 1e-3
+"""A tensor's largest entry counts as at least this share of the model's. A bias of keys that are not rotated has no gradient but rounding."""
 
 ADVICE = {
     "packed": "Use --layout padded for this model.",
@@ -41,9 +44,13 @@ def self_test_policy(model: PreTrainedModel, dtype: str, layout: Layout) -> Self
         with torch.no_grad():
             return [each.float().cpu().numpy() for each in forward(any_model, sequences)]
 
-    seen = compare(model, dtype, compute, what=f"{layout} training", advice=ADVICE[layout])
+    what = f"{layout} training"
+    seen = compare(model, dtype, compute, what=what, advice=ADVICE[layout])
     if (twin := twin_of(model)) is not None:
-        difference = _gradients_differ(twin.model, made_up([7, 40, *(edge + 9 for edge in twin.lengths)], twin.model), forward)
+        sequences = made_up([7, 40, *(edge + 9 for edge in twin.lengths)], twin.model)
+        difference = attempt(
+            lambda any_model, each: _gradients_differ(any_model, each, forward), twin.model, sequences, what, ADVICE[layout]
+        )
         if not difference <= GRADIENT_TOLERANCE:
             raise InputError(
                 f"the gradients of {layout} training differ from this architecture's own by {difference:.2g} of their size, in float32 on a"
@@ -65,8 +72,9 @@ def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward
         model.zero_grad()
         sum((weight * logps).sum() for weight, logps in zip(weights, compute(model, sequences), strict=True)).backward()
         found.append([None if each.grad is None else each.grad.clone() for each in model.parameters()])
+    floor = GRADIENT_FLOOR * max(float(theirs.abs().max()) for theirs in found[1] if theirs is not None)
     shares = [
-        float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+        float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=floor))
         for ours, theirs in zip(*found, strict=True)
         if theirs is not None and ours is not None
     ]
