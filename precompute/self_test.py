@@ -156,9 +156,9 @@ def made_up(lengths: list[int], model: PreTrainedModel) -> list[Sequence]:
 
 
 def _around(edges: tuple[int, ...], context: int) -> list[int]:
-    """Lengths on both sides of each edge, near and far, and short ones."""
+    """Lengths on both sides of each edge, near and far, and short ones; none shorter than a pair, as a window of one token is."""
     lengths = {7, 15, 40, *(edge + step for edge in edges for step in (0, 1, edge // 2, edge + 5))}
-    return sorted(length for length in lengths if length <= context)
+    return sorted(length for length in lengths if min(7, context) <= length <= context)
 
 
 def _affordable(model: PreTrainedModel) -> list[int]:

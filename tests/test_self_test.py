@@ -50,6 +50,13 @@ def test_a_body_called_in_parts_and_biases_without_a_gradient(layout):
         assert max(seen.of_twin, seen.of_model) < 1e-4
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_window_shorter_than_any_sequence(window):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **tiny.SMALL, sliding_window=window)).eval()
+    for seen in (self_test(model, "float32"), self_test_policy(model, "float32", "packed")):
+        assert max(seen.of_twin, seen.of_model) < 1e-4
+
+
 def test_what_a_backward_cannot_do_is_one_error(monkeypatch):
     def broken(*given):
         raise RuntimeError("no such backward")
