@@ -435,12 +435,19 @@ def packed_attention(model: PreTrainedModel):
     Raises InputError for an architecture that cannot be packed.
     """
     refuse_unpackable(model)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    before = model.config.get_text_config()._attn_implementation
+    set_attention(model, NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Let the text's layers attend with the implementation of that name; towers for pictures and sound keep their own."""
+    text = model.config.get_text_config()
+    parts = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
+    model.set_attn_implementation({parts[0]: name} if parts else name)
 
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from precompute.attention import packed_attention, packed_hidden
+from precompute.attention import packed_attention, packed_hidden, refuse_unpackable
 from precompute.cpu import fast_on_cpu, linear
 from precompute.head import head_of
 from precompute.kernels import log_sum_exp
@@ -92,6 +92,7 @@ def _padded(model: PreTrainedModel, sequences: list[Sequence], tokens_per_batch:
 @contextmanager
 def ready_to_score(model: PreTrainedModel):
     """Inside the block `model` runs packed rows, with what makes it fast. Raises InputError for an architecture that cannot be packed."""
+    refuse_unpackable(model)
     head_of(model)  # measured by a plain forward
     with packed_attention(model), fast_on_cpu(model), fused_norms(model):
         yield

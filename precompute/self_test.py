@@ -83,7 +83,14 @@ def compare(model: PreTrainedModel, dtype: str, compute: Compute, *, what: str, 
     of_twin = None
     if twin is not None:
         sequences = made_up(_around(twin.lengths, _context(twin.model)), twin.model)
-        of_twin = _largest(attempt(compute, twin.model, sequences, what, advice), alone(twin.model, sequences))
+        truth = alone(twin.model, sequences)
+        if not _largest(alone(twin.model, sequences[-2:]), truth[-2:]) <= TWIN_TOLERANCE:
+            raise InputError(
+                "this architecture's own forward gives other log-probs each time",
+                where=type(model).__name__,
+                next="No layout can score it: use another model.",
+            )
+        of_twin = _largest(attempt(compute, twin.model, sequences, what, advice), truth)
         if not of_twin <= TWIN_TOLERANCE:  # also true for NaN
             raise InputError(
                 f"{what} disagrees with this architecture's own forward by up to {of_twin:.2g} nats per token, in float32 on a small"
@@ -145,7 +152,8 @@ def alone_logps(model: PreTrainedModel, sequence: Sequence) -> torch.Tensor:
 def made_up(lengths: list[int], model: PreTrainedModel) -> list[Sequence]:
     """Two random sequences of each length, which share beginnings with the others: nearly all of it, half of it, or just enough to be shared."""
     generator = np.random.default_rng(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = min(len(each.weight) for each in ends if each is not None)
     trunk = generator.integers(0, vocabulary, max(lengths))
     sequences = []
     for length in lengths:
@@ -156,8 +164,10 @@ def made_up(lengths: list[int], model: PreTrainedModel) -> list[Sequence]:
 
 
 def _around(edges: tuple[int, ...], context: int) -> list[int]:
-    """Lengths on both sides of each edge, near and far, and short ones; none shorter than a pair, as a window of one token is."""
-    lengths = {7, 15, 40, *(edge + step for edge in edges for step in (0, 1, edge // 2, edge + 5))}
+    """Lengths on both sides of each edge, near and far, short ones, and one far beyond all, so that padding is long; none shorter than a pair,
+    as a window of one token is."""
+    lengths = {7, 15, 40, max(130, *(2 * edge for edge in edges), 0)}
+    lengths |= {edge + step for edge in edges for step in (0, 1, edge // 2, edge + 5)}
     return sorted(length for length in lengths if min(7, context) <= length <= context)
 
 
@@ -170,7 +180,8 @@ def _affordable(model: PreTrainedModel) -> list[int]:
 
 
 def _context(model: PreTrainedModel) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context if context and context > 0 else 1 << 20  # some say -1 for any length
 
 
 @contextmanager

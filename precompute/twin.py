@@ -67,7 +67,6 @@ def _others(config) -> list:
 def _random(kind: type[PreTrainedModel], config, like: PreTrainedModel) -> PreTrainedModel | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config._attn_implementation = like.config._attn_implementation
         config.dtype = torch.float32
         if sum(each.numel() for each in _on_meta(kind, config).parameters()) > 50_000_000:
             return None

@@ -46,8 +46,10 @@ class PairFlops:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "PairFlops | None":
-        """None for mixtures of experts: how many of their weights a token meets is not written down in one way."""
+        """None for mixtures of experts, how many of whose weights a token meets is not written down in one way, and for models without such layers."""
         config = model.config.get_text_config()
+        if not (hasattr(config, "num_hidden_layers") and hasattr(config, "num_attention_heads")):
+            return None
         if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             return None
         linear = [module.weight.numel() for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]

@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from precompute.attention import NAME, packed_outputs, refuse_unpackable
+from precompute.attention import NAME, packed_outputs, refuse_unpackable, set_attention
 from precompute.cpu import use_fast_linears
 from precompute.head import head_of
 from precompute.packing import Sequence, pack
@@ -40,7 +40,7 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
     `outputs` names the PER_TOKEN values that TRL's loss and metrics need. Raises InputError for an architecture that cannot be packed.
     """
     refuse_unpackable_policy(model)
-    model.set_attn_implementation(NAME)
+    set_attention(model, NAME)
     use_fast_linears(model)
     padded_forward = model.forward
 
