@@ -1,6 +1,7 @@
 """Fixtures for all tests: offline, tiny models, one thread per process so that two cores suffice."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/tiny.py and the other he
 
 import pytest
 import tiny
+
+# A shell that starts a command in the background has it ignore Ctrl-C, and so would every process that a test sends it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,8 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
     done = len(shard_bytes(store))
     assert 5 <= done < 18 and not (store / "_manifest.json").exists()
     _, err = finish(start(command(rows, tiny_olmo3, store, "--num-workers", "3")))
-    assert "rows are done, going on" in err
+    # Said by the first worker, unless the others had sealed before it was ready.
+    assert "rows are done, going on" in err or "sealed already" in err
     assert shard_bytes(store) == shard_bytes(one_worker)
     assert verify(store) == []
 
@@ -176,7 +177,7 @@ def test_running_again_changes_nothing_and_another_identity_is_refused(one_worke
             "made with another max length.*expected max_length 100.*found max_length 200",
         ),
     ):
-        _, err = finish(start(argv), code=1)
+        _, err = finish(start([*argv, "--quiet"]), code=1)
         assert err.count("\n") == 1 and err.startswith("Error: ")
         assert re.search(message, err), err
     assert {path: path.stat().st_mtime_ns for path in one_worker.iterdir()} == before

@@ -327,11 +327,11 @@ def test_sealing_while_another_worker_finishes_it(tmp_path, monkeypatch):
 
     def too_late(path, data):
         monkeypatch.setattr(disk, "write_new", real)
-        seal(tmp_path, make_identity(), {"layout": "theirs"}, None)
+        seal(tmp_path, make_identity(), {"layout": "padded"}, None)
         real(path, data)
 
     monkeypatch.setattr(disk, "write_new", too_late)
-    assert seal(tmp_path, make_identity(), {"layout": "ours"}, None).provenance["layout"] == "theirs"
+    assert seal(tmp_path, make_identity(), {"layout": "packed"}, None).provenance["layout"] == "padded"
 
 
 def seal_at_once(path, barrier):
