@@ -50,7 +50,7 @@ def test_killed_after_the_last_step_it_ends_as_the_undisturbed_run(folder):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("length", ["steps", "epochs"])
 def test_killed_or_told_to_stop_at_points_all_over_it_ends_as_the_undisturbed_run(folder, length, ranks):
-    end(folder, f"{length},{ranks},SIGKILL,12", f"{length},{ranks},SIGTERM,2")
+    end(folder, f"{length},{ranks},SIGKILL,5", f"{length},{ranks},SIGTERM,1")
 
 
 def entry(step: int, **values: float) -> dict:
