@@ -44,7 +44,7 @@ MAKE_VENV = $(PYTHON) -m venv $(VENV)
 INSTALL = $(PY) -m pip install --disable-pip-version-check -c $(PINS)
 endif
 
-# torch comes first: packages that look for it while they are built then find it. g++ is for precompute/kernels.cpp and, with Python's
+# torch comes first: packages that look for it while they are built then find it. g++ is for precompute/scorer/kernels.cpp and, with Python's
 # headers, for DeepSpeed's CPU operator: both are compiled at first use.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found (python3 is $$(python3 --version 2>&1)). Debian, Ubuntu: sudo apt-get install python3 python3-venv python3-dev. Elsewhere: make PYTHON=/path/to/python3.12" >&2; exit 1; }

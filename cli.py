@@ -930,7 +930,7 @@ def report_cmd(ref_store: Path, compare: Path | None, tokenizer: str | None, out
 
 def _decoder(identity, name: str | None):
     """Ids to text with the store's tokenizer; None (and a line that says so) where it is not at hand and none was named."""
-    from precompute.model import load_tokenizer, tokenizer_sha256
+    from precompute.scorer.model import load_tokenizer, tokenizer_sha256
 
     try:
         tokenizer = load_tokenizer(
@@ -969,7 +969,7 @@ def verify_cmd(ref_store: Path, model: str | None, revision: str | None, num_pai
         raise InputError("belongs to --model", where=", ".join(f"--{name.replace('_', '-')}" for name in needless))
     if model is not None:
         with quiet_libraries():
-            from precompute.model import config_sha256
+            from precompute.scorer.model import config_sha256
 
             config = config_sha256(model, revision)  # a wrong name is seen before every byte of the store is read
     with bar("verifying", "shards") as progress:
@@ -991,10 +991,10 @@ def _typed(context: click.Context, name: str) -> bool:
 
 def _rescore(ref_store: Path, model: str, revision: str | None, config: str, num_pairs: int, seed: int, layout: str | None) -> None:
     from devices import device
-    from precompute.attention import refuse_without_kernels
-    from precompute.model import load_model, weights_sha256
-    from precompute.rescore import TOLERANCE, rescore
-    from precompute.self_test import self_test
+    from precompute.scorer.attention import refuse_without_kernels
+    from precompute.scorer.model import load_model, weights_sha256
+    from precompute.scorer.rescore import TOLERANCE, rescore
+    from precompute.scorer.self_test import self_test
     from store.errors import StoreError
     from store.reader import open_store
     from store.schema import SUMS_ONLY

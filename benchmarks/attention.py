@@ -11,10 +11,10 @@ import time
 
 import torch
 
-from precompute import attention
-from precompute.attention import PackedLayout
-from precompute.cpu import keep_freed_memory
-from precompute.packing import Branch
+from precompute.scorer import attention
+from precompute.scorer.attention import PackedLayout
+from precompute.scorer.cpu import keep_freed_memory
+from precompute.scorer.packing import Branch
 
 SHAPES = [(0, 40), (0, 100), (0, 200), (0, 300), (0, 600), (0, 1200), (0, 3000), (100, 300), (400, 300), (1200, 40), (1200, 600)]
 """(tokens of context, tokens of a branch)"""

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from precompute.dataset import load_rows
-from precompute.model import load_tokenizer
 from precompute.pairs import tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, row_costs
+from precompute.scorer.model import load_tokenizer
 
 LINEAR, ATTENTION = 2 * 7.0e9, 4 * 4096
 """Operations per position, and per layer and (query, key)."""

@@ -102,7 +102,7 @@ def lengths(num_pairs: int, longest: int, seed: int = 0):
 def sequences_of(num_tokens: int, longest: int, vocabulary: int):
     import numpy as np
 
-    from precompute.packing import Sequence
+    from precompute.scorer.packing import Sequence
 
     rng = np.random.default_rng(1)
     made, used = [], 0
@@ -124,7 +124,7 @@ def part_parity() -> None:
     from test_attention_cuda import gradients
     from test_scoring import pairs
 
-    from precompute.scoring import score
+    from precompute.scorer.scoring import score
 
     rows = []
     for kind in tiny.CONFIGS:
@@ -163,9 +163,9 @@ def part_scoring(shape: str) -> None:
     import torch
     from shapes import SHAPES, forward_flops, random_model
 
-    from precompute.budget import SHARE, largest_budget
-    from precompute.packing import pack
-    from precompute.scoring import ready_to_score, score_packed
+    from precompute.scorer.budget import SHARE, largest_budget
+    from precompute.scorer.packing import pack
+    from precompute.scorer.scoring import ready_to_score, score_packed
     from train.flops import peak_flops
 
     small = shape == "tiny"
@@ -223,8 +223,8 @@ def part_profile(shape: str) -> None:
     import torch
     from shapes import random_model
 
-    from precompute.packing import pack
-    from precompute.scoring import ready_to_score, score_packed
+    from precompute.scorer.packing import pack
+    from precompute.scorer.scoring import ready_to_score, score_packed
     from train.packed import pack_policy, packed_forward
 
     small = shape == "tiny"

@@ -90,8 +90,8 @@ def precompute(folder: Path, dataset: Path, model: str, shard_size: int | None) 
 
     from launch import Process
     from precompute import worker
-    from precompute.packing import pack
-    from precompute.scoring import ScoredBatch
+    from precompute.scorer.packing import pack
+    from precompute.scorer.scoring import ScoredBatch
 
     def made_up(model, sequences, *, layout, tokens_per_batch):
         for batch in pack(sequences, tokens_per_batch):

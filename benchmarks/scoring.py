@@ -9,7 +9,7 @@ pair, as each contender computes them, are nearest to the set's. The set's own c
 Each contender goes from raw rows to readable log-probs in a process of its own, the model's loading included: TRL by constructing DPOTrainer
 with precompute_ref_log_probs=True, ours by one worker that seals a store. Scoring alone, without loading, is then timed beside the bare products
 of the same tokens, batch by batch in turn, so that both see the same machine: the linear layers with the model's own weights, by PyTorch's
-F.linear and by what ours uses (precompute/cpu.py; the same on cores without AVX-512); attention's two products over what each branch sees, by flash attention's tile and the triangle at half the
+F.linear and by what ours uses (precompute/scorer/cpu.py; the same on cores without AVX-512); attention's two products over what each branch sees, by flash attention's tile and the triangle at half the
 square; the head on the completion positions.
 
 On the CPU times are the process's CPU seconds, which other load on the machine does not stretch; run it with OMP_NUM_THREADS=1, for idle
@@ -35,11 +35,11 @@ from shapes import SHAPES, forward_flops, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import Process
-from precompute.cpu import keep_freed_memory, linear
-from precompute.model import load_model
-from precompute.packing import PackedBatch, Sequence, pack, plan
 from precompute.pairs import Pair, tokenize_rows
-from precompute.scoring import HEAD_TILE, ready_to_score, score_packed
+from precompute.scorer.cpu import keep_freed_memory, linear
+from precompute.scorer.model import load_model
+from precompute.scorer.packing import PackedBatch, Sequence, pack, plan
+from precompute.scorer.scoring import HEAD_TILE, ready_to_score, score_packed
 from precompute.worker import PrecomputeConfig, run
 from store import DTYPES
 from store.reader import Store, open_store

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerBase
 
-from precompute.packing import PackedBatch
+from precompute.scorer.packing import PackedBatch
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "sliding_window": 64},

@@ -30,11 +30,11 @@ import matplotlib
 import numpy as np
 import torch
 
-from precompute.cpu import keep_freed_memory
 from precompute.dataset import load_rows
-from precompute.model import load_model, load_tokenizer
 from precompute.pairs import tokenize_rows
-from precompute.scoring import score_batches
+from precompute.scorer.cpu import keep_freed_memory
+from precompute.scorer.model import load_model, load_tokenizer
+from precompute.scorer.scoring import score_batches
 from store import DTYPES
 from store.reader import open_store
 

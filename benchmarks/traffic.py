@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Olmo3Config
 
-from precompute import attention
-from precompute.attention import PackedLayout, PackedMask, packed_attention
-from precompute.norms import fused_norms
-from precompute.packing import Branch
+from precompute.scorer import attention
+from precompute.scorer.attention import PackedLayout, PackedMask, packed_attention
+from precompute.scorer.norms import fused_norms
+from precompute.scorer.packing import Branch
 
 TOKENS = 256
 PRODUCTS = {"linear", "mm", "addmm", "bmm"}

@@ -24,9 +24,9 @@ import pyarrow as pa
 from precompute.clock import Clock
 from precompute.columns import ColumnOptions
 from precompute.dataset import load_rows
-from precompute.model import load_tokenizer
-from precompute.packing import common_prefix, plan
 from precompute.pairs import TokenizedRows, tokenize_rows
+from precompute.scorer.model import load_tokenizer
+from precompute.scorer.packing import common_prefix, plan
 from store.errors import InputError
 
 MAX_LENGTHS = (1024, 2048, 4096, 8192, 16384)

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel
 
-from precompute.packing import Sequence
 from precompute.pairs import Pair, tokenize_rows
-from precompute.rescore import TOLERANCE
-from precompute.scoring import score
-from precompute.self_test import self_test
+from precompute.scorer.packing import Sequence
+from precompute.scorer.rescore import TOLERANCE
+from precompute.scorer.scoring import score
+from precompute.scorer.self_test import self_test
 from precompute.shard import shard_of
 from precompute.worker import PrecomputeConfig, load_inputs
 from store.command import Command

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from precompute.clock import DateWanted
-from precompute.packing import Sequence, common_prefix
+from precompute.scorer.packing import Sequence, common_prefix
 from store.errors import InputError
 
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")

@@ -25,14 +25,18 @@ from transformers import PreTrainedModel
 
 import devices
 from launch import Process, place_among_all
-from precompute import kernels
-from precompute.attention import named_kernel, use_kernel
-from precompute.budget import largest_budget
 from precompute.clock import Clock
 from precompute.columns import ColumnOptions
-from precompute.cpu import give_back_freed_memory, keep_freed_memory
 from precompute.dataset import JoinedRows, Rows, check_and_fingerprint, load_rows
-from precompute.model import (
+from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
+from precompute.plan import claiming_order, default_shard_size, shard_costs
+from precompute.progress import Progress, Show
+from precompute.reuse import Known
+from precompute.scorer import kernels
+from precompute.scorer.attention import named_kernel, use_kernel
+from precompute.scorer.budget import largest_budget
+from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory
+from precompute.scorer.model import (
     attention_notice,
     chat_template_sha256,
     config_sha256,
@@ -42,14 +46,10 @@ from precompute.model import (
     versions,
     weights_sha256,
 )
-from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
-from precompute.plan import claiming_order, default_shard_size, shard_costs
-from precompute.progress import Progress, Show
-from precompute.reuse import Known
-from precompute.rope import refuse_dynamic
-from precompute.scoring import SCORER_VERSION, Layout, score_batches
+from precompute.scorer.rope import refuse_dynamic
+from precompute.scorer.scoring import SCORER_VERSION, Layout, score_batches
+from precompute.scorer.self_test import self_test
 from precompute.sealed import checkpoint_stamp, is_complete, weights_known
-from precompute.self_test import self_test
 from precompute.shard import shard_of
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
@@ -102,10 +102,10 @@ class PrecomputeConfig:
     # speed: recorded, never compared
     layout: Layout = "packed"
     attention_kernel: str = "default"
-    """One of precompute.attention.KERNELS."""
+    """One of precompute.scorer.attention.KERNELS."""
     tokens_per_batch: int | Literal["auto"] = 16384
     attn_implementation: str | None = None
-    """Of the padded layout; None: precompute/model.py decides."""
+    """Of the padded layout; None: precompute/scorer/model.py decides."""
     show: Show = "text"
     """What is printed meanwhile: precompute/progress.py."""
 

@@ -21,11 +21,11 @@ from architectures import config_of, make_model
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from precompute.model import load_model
-from precompute.packing import Sequence
-from precompute.rope import refuse_dynamic, refuse_mixed
-from precompute.scoring import score
-from precompute.self_test import self_test
+from precompute.scorer.model import load_model
+from precompute.scorer.packing import Sequence
+from precompute.scorer.rope import refuse_dynamic, refuse_mixed
+from precompute.scorer.scoring import score
+from precompute.scorer.self_test import self_test
 from store.errors import InputError
 from train.flops import PairFlops
 from train.packed import pack_policy

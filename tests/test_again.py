@@ -20,7 +20,7 @@ from one_rank import one_rank
 from store_samples import make_identity
 
 import cli
-from precompute.model import chat_template_sha256
+from precompute.scorer.model import chat_template_sha256
 from store.command import Command
 from store.errors import StoreError
 from store.manifest import DatasetPart, check_same

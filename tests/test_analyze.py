@@ -13,8 +13,8 @@ from click.testing import CliRunner
 import cli
 from precompute.analyze import AnalyzeConfig, analyze
 from precompute.analyze_view import Rates, describe, plot
-from precompute.packing import Sequence, pack
 from precompute.pairs import tokenize_rows
+from precompute.scorer.packing import Sequence, pack
 from store.errors import InputError
 
 

@@ -13,10 +13,10 @@ from made_up_gpu import flash
 from test_scoring import TOLERANCE, pairs, plain
 from torch.nn.attention import varlen
 
-from precompute import attention
-from precompute.attention import packed_attention, packed_hidden
-from precompute.packing import MIN_SHARED, Sequence, pack
-from precompute.scoring import score
+from precompute.scorer import attention
+from precompute.scorer.attention import packed_attention, packed_hidden
+from precompute.scorer.packing import MIN_SHARED, Sequence, pack
+from precompute.scorer.scoring import score
 
 
 @pytest.fixture(autouse=True)

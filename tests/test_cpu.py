@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from precompute.cpu import fast_on_cpu, linear
+from precompute.scorer.cpu import fast_on_cpu, linear
 
 
 @pytest.fixture(params=["AVX512", "AVX2"])
@@ -29,7 +29,7 @@ def test_same_numbers_in_tiles_of_any_size(kind, monkeypatch, capability):
     model = tiny.make_model(kind)
     ids = torch.randint(2, 384, (1, 53))
     plain = forward(model, ids)
-    monkeypatch.setattr("precompute.cpu.MLP_TILE", 10)
+    monkeypatch.setattr("precompute.scorer.cpu.MLP_TILE", 10)
     with fast_on_cpu(model):
         fast = forward(model, ids)
     torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
@@ -39,7 +39,7 @@ def test_same_numbers_in_tiles_of_any_size(kind, monkeypatch, capability):
 def test_with_avx512_every_linear_layer_takes_onednns_product_and_mlps_run_in_tiles(monkeypatch):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     model = tiny.make_model("qwen2")
-    monkeypatch.setattr("precompute.cpu.MLP_TILE", 10)
+    monkeypatch.setattr("precompute.scorer.cpu.MLP_TILE", 10)
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     with fast_on_cpu(model), profile(activities=[ProfilerActivity.CPU]) as profiled:
         forward(model, torch.randint(2, 384, (1, 53)))
@@ -83,7 +83,7 @@ def test_freed_memory_is_used_again_without_page_faults_until_it_is_given_back()
     """In a process of its own, for it is for good: page faults of blocks of 64 MB, written, freed and allocated again."""
     program = """
 import platform, resource, sys, torch
-from precompute.cpu import give_back_freed_memory, keep_freed_memory
+from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory
 if platform.libc_ver()[0] != "glibc": sys.exit(77)
 def faults():
     for _ in range(20): torch.ones(16 << 20)  # glibc places the first few anew: small pieces between them are not joined at once
@@ -108,7 +108,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (1, 4, 3)])
 def test_a_product_may_be_changed_in_place_as_gemma_3n_does(shape, monkeypatch):
-    monkeypatch.setattr("precompute.cpu._onednn_is_faster", lambda x: True)
+    monkeypatch.setattr("precompute.scorer.cpu._onednn_is_faster", lambda x: True)
     found = []
     for product in (linear, torch.nn.functional.linear):
         torch.manual_seed(0)

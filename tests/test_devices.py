@@ -13,10 +13,10 @@ from train_setup import make_world
 
 import cli
 import devices
-import precompute.model
+import precompute.scorer.model
 import precompute.worker
 import train.run
-from precompute.attention import KERNELS, named_kernel, refuse_without_kernels, use_kernel
+from precompute.scorer.attention import KERNELS, named_kernel, refuse_without_kernels, use_kernel
 from store.errors import InputError
 from train.config import ATTENTION_KERNELS
 
@@ -135,7 +135,7 @@ def commands(tmp_path_factory):
 @pytest.mark.parametrize("name", ["precompute", "train", "verify"])
 def test_commands_end_in_one_line_before_anything_is_loaded(machine, commands, name, by_a_launcher, monkeypatch):
     machine(counted=4, said=TOO_OLD)
-    for module in (precompute.worker, train.run, precompute.model):
+    for module in (precompute.worker, train.run, precompute.scorer.model):
         monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items() if by_a_launcher else ():
         monkeypatch.setenv(variable, value)

@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 
 import cli
-from precompute import kernels
-from precompute.kernels import Paths, log_sum_exp, packed_attention, rms_norm
-from precompute.packing import Branch, Sequence, pack
+from precompute.scorer import kernels
+from precompute.scorer.kernels import Paths, log_sum_exp, packed_attention, rms_norm
+from precompute.scorer.packing import Branch, Sequence, pack
 from store.errors import InputError
 
 COMPILED = {
@@ -205,7 +205,7 @@ def test_compiled_once_and_again_when_the_source_changes(fresh, tmp_path, monkey
 
 
 def test_processes_that_compile_at_the_same_moment(fresh):
-    program = "import torch; from precompute.kernels import log_sum_exp; print(log_sum_exp(torch.zeros(1, 4)).item())"
+    program = "import torch; from precompute.scorer.kernels import log_sum_exp; print(log_sum_exp(torch.zeros(1, 4)).item())"
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert {process.communicate()[0] for process in running} == {"1.3862943649291992\n"}
     assert len(kept(fresh)) == 1
@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
 
 def test_a_damaged_library_is_an_error(fresh):
     def load() -> str:  # in a process of its own: one that has it open dies of the damage
-        program = "from precompute.kernels import library; library()"
+        program = "from precompute.scorer.kernels import library; library()"
         return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True).stderr
 
     assert load() == ""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GemmaConfig, PreTrainedModel
 
-from precompute import kernels
-from precompute.norms import fused_norms
+from precompute.scorer import kernels
+from precompute.scorer.norms import fused_norms
 
 IDS = torch.arange(2, 60)[None]
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from train_setup import make_rows, make_tokenizer
 
-from precompute.packing import Sequence
-from precompute.scoring import score
+from precompute.scorer.packing import Sequence
+from precompute.scorer.scoring import score
 from store.reader import open_store
 
 TESTS = Path(__file__).parent

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precompute.packing import MIN_SHARED, Sequence, pack
+from precompute.scorer.packing import MIN_SHARED, Sequence, pack
 
 
 @st.composite

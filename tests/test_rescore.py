@@ -92,7 +92,7 @@ def test_other_models_are_told_apart(stores, tiny_llama, tmp_path):
 
 def test_a_store_of_other_numbers_than_its_model_gives_fails(stores, tiny_llama, monkeypatch):
     """As of a machine that computes wrongly: the weights are right, the numbers are not."""
-    from precompute import rescore
+    from precompute.scorer import rescore
 
     score = rescore.score
     monkeypatch.setattr(rescore, "score", lambda *args, **options: [logps - 0.01 for logps in score(*args, **options)])

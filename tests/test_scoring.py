@@ -6,10 +6,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from precompute import attention
-from precompute.attention import packed_attention, packed_hidden
-from precompute.packing import Sequence, pack
-from precompute.scoring import score
+from precompute.scorer import attention
+from precompute.scorer.attention import packed_attention, packed_hidden
+from precompute.scorer.packing import Sequence, pack
+from precompute.scorer.scoring import score
 from store.errors import InputError
 
 TOLERANCE = 1e-4
@@ -98,7 +98,7 @@ def test_rope_that_follows_the_longest_row_of_the_past_is_refused(layout):
 
 def test_the_head_in_tiles(monkeypatch):
     """Tiles that cut the completion and the vocabulary unevenly."""
-    monkeypatch.setattr("precompute.scoring.HEAD_TILE", {"cpu": (37, 100)})
+    monkeypatch.setattr("precompute.scorer.scoring.HEAD_TILE", {"cpu": (37, 100)})
     model = tiny.make_model("qwen2")
     sequences = pairs(seed=7)
     for sequence, logps in zip(sequences, score(model, sequences, layout="packed", tokens_per_batch=300), strict=True):
@@ -109,7 +109,7 @@ def test_the_head_in_tiles(monkeypatch):
 def test_the_forward_of_training_on_a_cpu(kind, block, monkeypatch):
     """Outside inference PyTorch's kernels run, which have gradients. Branches longer than one block of windowed attention, and windows that end
     inside prompt, context and branch."""
-    monkeypatch.setattr("precompute.attention.BLOCK", block)
+    monkeypatch.setattr("precompute.scorer.attention.BLOCK", block)
     model = tiny.make_model(kind)
     sequences = pairs(seed=5, num=3, longest=200)
     (batch,) = pack(sequences, 100_000)
@@ -123,7 +123,7 @@ def test_the_forward_of_training_on_a_cpu(kind, block, monkeypatch):
 @pytest.mark.parametrize("kind", ["qwen2", "olmo3"])
 def test_masked_attention_for_float32_on_gpus(kind, monkeypatch):
     """The path that GPUs take in float32, here on the CPU."""
-    monkeypatch.setattr("precompute.attention._attend_cpu", attention._attend_in_blocks)
+    monkeypatch.setattr("precompute.scorer.attention._attend_cpu", attention._attend_in_blocks)
     model = tiny.make_model(kind)
     sequences = pairs(seed=11, longest=60)
     for sequence, logps in zip(sequences, score(model, sequences, layout="packed", tokens_per_batch=400), strict=True):

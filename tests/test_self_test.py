@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.masking_utils import AttentionMaskInterface
 
-from precompute import attention
-from precompute.head import Head, head_of
-from precompute.rope import Group
-from precompute.self_test import self_test
-from precompute.twin import twin_of
+from precompute.scorer import attention
+from precompute.scorer.head import Head, head_of
+from precompute.scorer.rope import Group
+from precompute.scorer.self_test import self_test
+from precompute.scorer.twin import twin_of
 from store.errors import InputError
 from train.self_test import self_test_policy
 
@@ -69,7 +69,7 @@ def test_what_a_backward_cannot_do_is_one_error(monkeypatch):
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_catches_rope_that_follows_the_row(layout, dtype, monkeypatch):
-    for module in ("precompute.scoring", "train.packed", "train.self_test"):
+    for module in ("precompute.scorer.scoring", "train.packed", "train.self_test"):
         monkeypatch.setattr(f"{module}.together", one_row)
     model = tiny.make_unusual("phi3").to(getattr(torch, dtype))
     with pytest.raises(InputError, match=f"{layout} scoring disagrees"):
@@ -94,7 +94,7 @@ def test_catches_a_head_that_does_more(kind, monkeypatch):
     if kind == "modernbert":
         with pytest.raises(InputError, match="between this model's body and its head"):
             self_test(model, "float32")
-    for module in ("precompute.scoring", "train.packed", "train.self_test"):
+    for module in ("precompute.scorer.scoring", "train.packed", "train.self_test"):
         monkeypatch.setattr(f"{module}.head_of", lambda any_model: Head())
     with pytest.raises(InputError, match="packed scoring disagrees"):
         self_test(model, "float32")

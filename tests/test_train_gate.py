@@ -10,7 +10,7 @@ from tiny import make_model
 from train_setup import make_rows, make_store, make_tokenizer, make_world
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from precompute.rescore import Rescored
+from precompute.scorer.rescore import Rescored
 from store.errors import InputError, StoreError
 from store.reader import open_store
 from train import gate

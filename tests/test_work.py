@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 
-from precompute.head import head_of
-from precompute.packing import MIN_SHARED, Sequence, pack
 from precompute.pairs import tokenize_rows
-from precompute.scoring import score_batches
+from precompute.scorer.head import head_of
+from precompute.scorer.packing import MIN_SHARED, Sequence, pack
+from precompute.scorer.scoring import score_batches
 
 DEMO = Path(__file__).parent.parent / "demo" / "pairs.jsonl"
 
@@ -84,7 +84,8 @@ def test_the_model_sees_no_padding_and_the_head_no_prompt(demo_pairs):
     handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: embedded.append(out.shape[:-1].numel()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "precompute.scoring.linear", lambda x, w, b: (head.append(len(x) * len(w)), torch.nn.functional.linear(x, w, b))[1]
+            "precompute.scorer.scoring.linear",
+            lambda x, w, b: (head.append(len(x) * len(w)), torch.nn.functional.linear(x, w, b))[1],
         )
         reported = [batch.num_model_tokens for batch in score_batches(model, sequences, layout="packed", tokens_per_batch=4096)]
     handle.remove()

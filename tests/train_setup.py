@@ -11,7 +11,7 @@ from tiny import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from precompute.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
+from precompute.scorer.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
 from store.folder import prepare_store
 from store.manifest import Identity, ShardReport
 from store.reader import Store, open_store

@@ -48,7 +48,7 @@ REPORTERS = ("wandb", "tensorboard")
 LAYOUTS = ("packed", "padded")
 
 ATTENTION_KERNELS = ("default", "FA3", "FA4")
-"""precompute.attention.KERNELS, known without torch."""
+"""precompute.scorer.attention.KERNELS, known without torch."""
 
 
 @dataclass(frozen=True, kw_only=True)

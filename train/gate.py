@@ -14,8 +14,8 @@ import torch
 import torch.distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from precompute.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
-from precompute.rescore import TOLERANCE, Rescored, rescore
+from precompute.scorer.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
+from precompute.scorer.rescore import TOLERANCE, Rescored, rescore
 from store.command import cli
 from store.errors import InputError, StoreError
 from store.manifest import Identity

@@ -1,7 +1,7 @@
 """The policy's forward without padding: a micro-batch as one packed row in which each prompt stands once.
 
 TRL's loss asks the model for per-token values of a padded batch: `model(input_ids, attention_mask, labels=, fused_lm_head=True)`. Here that
-call is answered from one packed row (precompute/packing.py, precompute/attention.py: the same as in phase 1, with gradients) and the values are
+call is answered from one packed row (precompute/scorer/packing.py, precompute/scorer/attention.py: the same as in phase 1, with gradients) and the values are
 put where TRL expects them. Its loss types, weights and metrics run unchanged on top.
 """
 
@@ -14,11 +14,11 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from precompute.attention import NAME, packed_outputs, refuse_unpackable, set_attention
-from precompute.cpu import use_fast_linears
-from precompute.head import head_of
-from precompute.packing import Sequence, pack
-from precompute.rope import together
+from precompute.scorer.attention import NAME, packed_outputs, refuse_unpackable, set_attention
+from precompute.scorer.cpu import use_fast_linears
+from precompute.scorer.head import head_of
+from precompute.scorer.packing import Sequence, pack
+from precompute.scorer.rope import together
 from store.errors import InputError
 
 VOCABULARY_TILE = {"cpu": 2048, "cuda": 32768}

@@ -28,9 +28,9 @@ from trl import DPOConfig
 
 import devices
 from launch import Process, launched
-from precompute.attention import named_kernel, use_kernel
-from precompute.model import attention_notice, load_model, load_tokenizer
-from precompute.rope import refuse_dynamic, refuse_mixed
+from precompute.scorer.attention import named_kernel, use_kernel
+from precompute.scorer.model import attention_notice, load_model, load_tokenizer
+from precompute.scorer.rope import refuse_dynamic, refuse_mixed
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
 from store.errors import InputError

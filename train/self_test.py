@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from precompute.attention import packed_attention
-from precompute.cpu import use_fast_linears
-from precompute.head import head_of
-from precompute.packing import Sequence
-from precompute.rope import together
-from precompute.scoring import Layout
-from precompute.self_test import SelfTest, alone_logps, attempt, compare, made_up
-from precompute.twin import twin_of
+from precompute.scorer.attention import packed_attention
+from precompute.scorer.cpu import use_fast_linears
+from precompute.scorer.head import head_of
+from precompute.scorer.packing import Sequence
+from precompute.scorer.rope import together
+from precompute.scorer.scoring import Layout
+from precompute.scorer.self_test import SelfTest, alone_logps, attempt, compare, made_up
+from precompute.scorer.twin import twin_of
 from store.errors import InputError
 from train.packed import packed_forward, refuse_unpackable_policy
 

@@ -13,10 +13,10 @@ from test_attention_cuda import gradients
 from test_scoring import pairs
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from precompute import budget
-from precompute.model import weights_sha256
-from precompute.packing import pack
-from precompute.scoring import ready_to_score, score, score_packed
+from precompute.scorer import budget
+from precompute.scorer.model import weights_sha256
+from precompute.scorer.packing import pack
+from precompute.scorer.scoring import ready_to_score, score, score_packed
 from precompute.worker import self_test
 from store.errors import InputError
 from train.self_test import self_test_policy

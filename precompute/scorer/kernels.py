@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from precompute.packing import Branch
+from precompute.scorer.packing import Branch
 from store.errors import InputError
 
 SOURCE = Path(__file__).with_name("kernels.cpp")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
-from precompute.packing import Sequence
+from precompute.scorer.packing import Sequence
 from store.errors import InputError
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from precompute import kernels
+from precompute.scorer import kernels
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from precompute import kernels
-from precompute.packing import Branch, PackedBatch
+from precompute.scorer import kernels
+from precompute.scorer.packing import Branch, PackedBatch
 from store.errors import InputError
 
 NAME = "refdpo_packed"

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from precompute.attention import packed_attention, packed_hidden, refuse_unpackable
-from precompute.cpu import fast_on_cpu, linear
-from precompute.head import head_of
-from precompute.kernels import log_sum_exp
-from precompute.norms import fused_norms
-from precompute.packing import PackedBatch, Sequence, pack
-from precompute.rope import together
+from precompute.scorer.attention import packed_attention, packed_hidden, refuse_unpackable
+from precompute.scorer.cpu import fast_on_cpu, linear
+from precompute.scorer.head import head_of
+from precompute.scorer.kernels import log_sum_exp
+from precompute.scorer.norms import fused_norms
+from precompute.scorer.packing import PackedBatch, Sequence, pack
+from precompute.scorer.rope import together
 
 SCORER_VERSION = 1
 """Part of a store's identity: raised when a change here or in pairs.py changes what is scored or in what precision. Kernels differ in the last

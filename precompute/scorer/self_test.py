@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from precompute.packing import MIN_SHARED, Sequence
-from precompute.scoring import Layout, score
-from precompute.twin import lengths_of, twin_of
+from precompute.scorer.packing import MIN_SHARED, Sequence
+from precompute.scorer.scoring import Layout, score
+from precompute.scorer.twin import lengths_of, twin_of
 from store.errors import InputError
 
 Compute = Callable[[PreTrainedModel, list[Sequence]], list[np.ndarray]]

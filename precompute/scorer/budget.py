@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from precompute.packing import Sequence
-from precompute.scoring import Layout, score_batches
+from precompute.scorer.cpu import give_back_freed_memory
+from precompute.scorer.packing import Sequence
+from precompute.scorer.scoring import Layout, score_batches
 from store.errors import InputError
 
 PROBES = (1024, 4096)
@@ -85,6 +86,7 @@ def _peak(model: PreTrainedModel, layout: Layout, num_tokens: int) -> int:
         _probe(model, layout, num_tokens)
         return torch.cuda.max_memory_allocated(model.device) - before
     _probe(model, layout, 128)
+    give_back_freed_memory()  # what was freed before and is still resident would hide as much of what the forward takes
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak (VmHWM) back to what is resident now
         before = _status("VmRSS")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
-from precompute.packing import Sequence
-from precompute.scoring import Layout, score
+from precompute.scorer.packing import Sequence
+from precompute.scorer.scoring import Layout, score
 from store.errors import InputError
 from store.reader import Store
 from store.schema import SUMS_ONLY

@@ -1,5 +1,5 @@
 // Attention over a packed row, RMS norm and log-sum-exp for CPUs, in float32: what PyTorch computes in several passes over memory, in one.
-// Called through precompute/kernels.py, which says what each computes and checks what it is given.
+// Called through precompute/scorer/kernels.py, which says what each computes and checks what it is given.
 //
 // Written with GCC's vector types: LANES floats to a register, whatever the machine has. Both products of attention run on a block of
 // ROWS queries x WIDTH keys (or value channels) whose sums stay in registers: ROWS x 2 of them, which leaves three for what is multiplied.

@@ -1,0 +1,1 @@
+"""A causal language model + sequences -> the log-prob of every completion token: what both phases share."""
