@@ -149,7 +149,7 @@ def test_links_and_files_named_exist():
         source = "".join(
             path.read_text()
             for part in ("precompute", "store", "train", "tests")
-            for path in (ROOT / part).glob("*.py")
+            for path in (ROOT / part).rglob("*.py")
             if path.name != Path(__file__).name
         )
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")

@@ -12,7 +12,11 @@ NOT_SHIPPED = {"benchmarks", "tests"}
 
 
 def test_every_package_and_module_is_listed():
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - NOT_SHIPPED
+    packages = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in [*ROOT.glob("*/__init__.py"), *ROOT.glob("*/*/__init__.py")]
+        if path.relative_to(ROOT).parts[0] not in NOT_SHIPPED and not path.relative_to(ROOT).parts[0].startswith(".")
+    }
     modules = {path.stem for path in ROOT.glob("*.py")}
     assert sorted(SETUPTOOLS["packages"]) == sorted(packages)
     assert sorted(SETUPTOOLS["py-modules"]) == sorted(modules)
@@ -21,7 +25,7 @@ def test_every_package_and_module_is_listed():
 def test_data_files_exist():
     for package, names in SETUPTOOLS["package-data"].items():
         for name in names:
-            assert (ROOT / package / name).is_file(), f"{package}/{name}"
+            assert (ROOT / package.replace(".", "/") / name).is_file(), f"{package}/{name}"
 
 
 def test_constraints_pin_every_requirement_above_its_lower_bound():
