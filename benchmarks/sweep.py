@@ -1,6 +1,6 @@
 """Two curves of phase 1: throughput against tokens per batch, and cost against the size of the dataset. Draws both.
 
-    python benchmarks/sweep.py --model DIR --dataset FILE --picture docs/scoring.png
+    python benchmarks/sweep.py --model DIR --dataset FILE --picture docs/pictures/throughput.png
 
 1. The same pairs are scored with each budget, in turn and twice, the better of two counts. What falls with a small budget is sharing (prefixes
    are computed again in each batch) and the efficiency of small products; both are shown: tokens per second that the model computes, and

@@ -30,7 +30,7 @@ STRETCH = 16
 
 THREADS = 2
 """That open shards side by side. Opening one is mostly Python, which runs one thread at a time: six on two cores took 1.2 to 1.3 times as long as
-two (docs/benchmarks.md). Two hide some of a network file system's latency."""
+two (docs/notebook/memory.md). Two hide some of a network file system's latency."""
 
 ROW_GROUP_PAIRS, ROW_GROUP_TOKENS = 64, 1 << 18
 """A row group, the unit that random access decodes, is 64 pairs, or as many as have so many tokens: short pairs in small groups would make

@@ -1,5 +1,5 @@
 """The commands and snippets of docs/walkthrough.md and docs/extending.md: run where they can run here, parsed by the real parser
-elsewhere.
+elsewhere. Links of every page lead somewhere.
 
 Fenced blocks: `sh run` is run in order in an empty folder, `sh cluster` and `sh setup` are not; `python` is executed; `text` after
 a command
@@ -26,6 +26,8 @@ from store.errors import InputError
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = ("walkthrough.md", "extending.md")
+MARKDOWN = sorted({*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")})
+"""Every page; not those inside of stores and runs."""
 
 
 def blocks(page: str) -> list[tuple[str, str, str]]:
@@ -123,6 +125,30 @@ def test_examples_in_help_have_options_that_exist():
             given, rest, _ = command.make_parser(click.Context(command)).parse_args(argv[1:])
             missing = [each.name for each in command.params if each.required and each.name not in given]
             assert not rest and not missing, argv
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind `#`: each heading in lower case, words joined by hyphens, as GitHub does it."""
+    titles = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = without_code(page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)\"", text):
+        file, _, anchor = "".join(target).partition("#")
+        if "://" in file:
+            continue
+        found = page.parent / file if file else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
 
 
 def test_links_and_files_named_exist():

@@ -26,7 +26,7 @@ SHARE = {"cuda": 0.9, "cpu": 0.5}
 """Of the free memory. A host has other users, and its allocator gives memory back late."""
 
 MOST = 65536
-"""More tokens gain nothing: throughput is flat long before, and what sharing still wins is under 1 % (docs/benchmarks.md)."""
+"""More tokens gain nothing: throughput is flat long before, and what sharing still wins is under 1 % (docs/notebook/tokens_per_batch.md)."""
 
 
 def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, num_workers: int) -> int:

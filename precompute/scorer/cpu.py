@@ -1,7 +1,7 @@
 """A float32 model on a CPU: products by the faster of PyTorch's two libraries, and when scoring, memory that stays.
 
 PyTorch computes float32 products on x86 with MKL, which has no AVX-512 for AMD's cores. On these oneDNN, which PyTorch ships as well, is 1.2 to
-1.5 times as fast at the shapes of a language model; on cores without AVX-512 MKL is 1.1 to 1.3 times as fast as oneDNN (docs/benchmarks.md).
+1.5 times as fast at the shapes of a language model; on cores without AVX-512 MKL is 1.1 to 1.3 times as fast as oneDNN (docs/notebook/linear_layers_cpu.md).
 With oneDNN an MLP's wide intermediate values, taken for all tokens of a packed row, leave the cache between its products; in tiles they stay.
 Same products, rounded elsewhere in the last bits.
 """
@@ -22,7 +22,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for good. glibc gives blocks of megabytes back to the kernel, and every layer's next one arrives
-    anew, a page fault and 4 kB of zeros at a time: a tenth of the time of scoring (docs/benchmarks.md). Other C libraries are left as they are."""
+    anew, a page fault and 4 kB of zeros at a time: a tenth of the time of scoring (docs/notebook/memory.md). Other C libraries are left as they are."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_MAX, 0)  # no block by mmap, which would go back when freed
         mallopt(M_TRIM_THRESHOLD, -1)  # and never give back the heap's end

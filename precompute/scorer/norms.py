@@ -1,7 +1,7 @@
 """RMS norms as one operator while scoring: PyTorch's, or for float32 on a CPU the one of kernels.py.
 
 transformers writes a norm as seven operators, most of which read and write every token's values in float32. On a GPU that is memory traffic:
-counted for OLMo 3's 7B, half of what all element-wise work moves (docs/benchmarks.md), which `F.rms_norm` does in one kernel. On a CPU it does
+counted for OLMo 3's 7B, half of what all element-wise work moves (docs/notebook/gpu_traffic.md), which `F.rms_norm` does in one kernel. On a CPU it does
 not; there kernels.py does. In bfloat16 `F.rms_norm` rounds once, where Llama's and Qwen's own norms round before the weight's product as well.
 """
 
