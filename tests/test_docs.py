@@ -151,6 +151,28 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(found), target
 
 
+def test_drawings_are_what_the_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))["DRAWINGS"]
+    found = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "docs" / "pictures").glob("*.svg")}
+    assert found == {name: draw().svg() for name, draw in drawn.items()}, "run python docs/pictures/draw.py"
+
+
+def test_architecture_lists_every_file():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for room, title in (
+        ("", "At the top"),
+        ("precompute", "`precompute/`,"),
+        ("precompute/scorer", "`precompute/scorer/`,"),
+        ("train", "`train/`,"),
+    ):
+        table = text.partition(f"\n{title}")[2].partition("\n\n")[2].partition("\n\n")[0]
+        listed = re.findall(r"`(\w+\.(?:py|cpp))`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
+        files = {file.name for kind in ("*.py", "*.cpp") for file in (ROOT / room).glob(kind)} - {"__init__.py"}
+        assert sorted(listed) == sorted(files), room
+    named = re.findall(r"`((?:precompute|store|train|slurm)/[\w/]+\.\w+)`", text)
+    assert len(named) > 15 and all((ROOT / name).exists() for name in named)
+
+
 def test_links_and_files_named_exist():
     for page in PAGES:
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
