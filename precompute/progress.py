@@ -25,6 +25,14 @@ WAITING_IS_SLOW = 0.1
 """Share of the time the model may wait for tokens or for the disk before the line says so."""
 
 
+def say_where_it_goes_on(store: Path, identity: Identity, before: list[Path]) -> None:
+    """Say how many rows are in the shards `before`, those that were there when this run began. Nothing where there were none."""
+    names = {path.name for path in before}
+    if rows := sum(len(identity.rows_of(shard)) for shard in range(identity.num_shards) if part_name(shard) in names):
+        goes_on = "sealing" if rows == identity.num_rows else "going on"
+        print(f"{store}: {rows:,} of {identity.num_rows:,} rows are done, {goes_on}", file=sys.stderr)
+
+
 class Progress:
     """Counts what this worker scores, and looks at the store for what the others did."""
 
@@ -39,9 +47,6 @@ class Progress:
         self.partial = 0  # tokens of this worker's shards that are not finished yet
         self.waited = 0.0
         self.nothing_to_score = self.rows_done == identity.num_rows
-        if process.local_rank == 0 and self.rows_done and show == "text":
-            goes_on = "sealing" if self.nothing_to_score else "going on"
-            print(f"{store}: {self.rows_done:,} of {identity.num_rows:,} rows are done, {goes_on}", file=sys.stderr)
 
     def _look(self) -> int:
         """Read the footers of shards finished since the last look; return the rows done."""

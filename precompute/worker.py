@@ -30,7 +30,7 @@ from precompute.columns import ColumnOptions
 from precompute.dataset import JoinedRows, Rows, check_and_fingerprint, load_rows
 from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
-from precompute.progress import Progress, Show
+from precompute.progress import Progress, Show, say_where_it_goes_on
 from precompute.reuse import Known
 from precompute.scorer import kernels
 from precompute.scorer.attention import named_kernel, use_kernel
@@ -58,7 +58,7 @@ from store.errors import InputError
 from store.folder import missing_shards, prepare_store, refuse_non_store, stored_identity
 from store.manifest import MAX_SHARDS, DatasetPart, Identity, Manifest, ShardReport, manifest_path
 from store.seal import seal
-from store.shard import part_name, publish_shard
+from store.shard import part_name, parts_in, publish_shard
 
 ROWS_CHECKED_AT_A_TIME = 64
 
@@ -125,6 +125,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if config.show == "text" and process.rank == 0:
         print(devices.describe(where, process.world), file=sys.stderr)
     use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=config.dtype)
+    # What an earlier run left, seen before this run's other workers can add to it: they do not wait for this one.
+    before, sealed = parts_in(config.ref_store), manifest_path(config.ref_store).exists()
     if config.reuse is not None:
         refuse_non_store(config.reuse)
     # Before the weights are read, for files may change meanwhile; a hub's do not, and asking for a model that is not there takes its time.
@@ -144,11 +146,14 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     prepare_store(config.ref_store, identity, command)
     if identity.datasets is not None:  # in the store's own words, should this run spell a path otherwise
         identity = replace(identity, datasets=stored_identity(config.ref_store).datasets)
-    if is_complete(config.ref_store, identity):
-        if config.show == "text" and process.local_rank == 0:
-            print(f"{config.ref_store}: sealed already, nothing to score", file=sys.stderr)
-        return Manifest.load(manifest_path(config.ref_store))
     says = config.show == "text" and process.local_rank == 0
+    complete = is_complete(config.ref_store, identity)
+    if says and not (sealed and complete):
+        say_where_it_goes_on(config.ref_store, identity, before)
+    if complete:
+        if says:
+            print(f"{config.ref_store}: sealed {'already' if sealed else 'by other workers'}, nothing to score", file=sys.stderr)
+        return Manifest.load(manifest_path(config.ref_store))
     if says and (notice := attention_notice(model, config.attn_implementation)) is not None:
         print(notice, file=sys.stderr)
     budget = 16384 if config.tokens_per_batch == "auto" else config.tokens_per_batch

@@ -80,7 +80,7 @@ def start(argv: list[str], **environ: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     return out, err
 
@@ -137,7 +137,7 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(list(store.glob("*.parquet"))) < 5:
         assert victim.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
@@ -146,8 +146,7 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
     done = len(shard_bytes(store))
     assert 5 <= done < 18 and not (store / "_manifest.json").exists()
     _, err = finish(start(command(rows, tiny_olmo3, store, "--num-workers", "3")))
-    # Said by the first worker, unless the others had sealed before it was ready.
-    assert "rows are done, going on" in err or "sealed already" in err
+    assert "rows are done, going on" in err
     assert shard_bytes(store) == shard_bytes(one_worker)
     assert verify(store) == []
 

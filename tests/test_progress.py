@@ -10,9 +10,9 @@ from click.testing import CliRunner
 import cli
 from launch import Process
 from precompute import progress as module
-from precompute.progress import Progress
+from precompute.progress import Progress, say_where_it_goes_on
 from store.folder import prepare_store
-from store.shard import publish_shard
+from store.shard import parts_in, publish_shard
 
 
 @pytest.fixture
@@ -56,9 +56,13 @@ def test_time_left_is_counted_in_tokens_of_all_workers(tmp_path, clock):
 
 def test_where_nothing_is_left_to_score_nothing_is_counted(tmp_path, clock, capsys):
     """All shards of an earlier run, not sealed: no speed of nothing, and no time left that is not known. With one missing: a line."""
+    store = tmp_path / "store"
     _, identity = make(tmp_path)
+    say_where_it_goes_on(store, identity, parts_in(store))
+    assert capsys.readouterr().err == ""
     for index in range(3):
         finish(tmp_path, identity, index)
+    say_where_it_goes_on(store, identity, before := parts_in(store))
     make(tmp_path)[0].close()
     assert "12 of 16 rows are done, going on\nscored 12/16" in capsys.readouterr().err
     progress, _ = make(tmp_path)
@@ -66,6 +70,9 @@ def test_where_nothing_is_left_to_score_nothing_is_counted(tmp_path, clock, caps
     finish(tmp_path, identity, 3)  # by another worker, while this one scored nothing
     progress.close()
     assert "scored 16/16" in (line := capsys.readouterr().err) and "0:00:00 left" in line
+    say_where_it_goes_on(store, identity, before)  # what was there when the run began
+    assert capsys.readouterr().err == f"{store}: 12 of 16 rows are done, going on\n"
+    say_where_it_goes_on(store, identity, parts_in(store))
     make(tmp_path)[0].close()
     assert capsys.readouterr().err == f"{tmp_path}/store: 16 of 16 rows are done, sealing\n"
 

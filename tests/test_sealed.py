@@ -84,12 +84,32 @@ def test_files_that_may_have_changed_are_hashed(world):
 def test_a_store_that_lacks_a_shard_or_was_made_before_loads_the_model(world):
     folder, loaded = world
     (folder / "store" / part_name(1)).unlink()
-    assert "scored 3/3" in call(folder, code=0) and loaded == [1]
+    output = call(folder, code=0)
+    assert "2 of 3 rows are done, going on" in output and "scored 3/3" in output and loaded == [1]
     path = folder / "store" / MANIFEST
     manifest = Manifest.load(path)
     manifest.provenance.pop("checkpoint_stamp")
     path.write_bytes(manifest.to_bytes())
     assert "sealed already" in call(folder, code=0) and loaded == [1, 1]
+
+
+def test_a_worker_that_comes_late_says_what_was_there_before_the_others(world, monkeypatch):
+    """They score and seal all that was missing while its model loads."""
+    folder, _ = world
+    missing = [folder / "store" / name for name in (MANIFEST, part_name(1))]
+    for file in missing:
+        file.rename(folder / file.name)
+    load_model = worker.load_model
+
+    def load_after_the_others(*args, **options):
+        for file in reversed(missing):
+            (folder / file.name).rename(file)
+        return load_model(*args, **options)
+
+    monkeypatch.setattr(worker, "load_model", load_after_the_others)
+    output = call(folder, code=0)
+    assert "store: 2 of 3 rows are done, going on\n" in output
+    assert "store: sealed by other workers, nothing to score\n" in output
 
 
 def test_stamp_is_of_the_files_with_weights_alone(tmp_path, tiny_llama):
