@@ -148,6 +148,31 @@ def test_rms_norm(width, compiled):
     assert rms_norm(x, weight, 1e-5).isnan().flatten(0, 1).all(-1).nonzero().tolist() == [[52]]
 
 
+def rms_norm_gradients(norm, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x, weight = x.clone().requires_grad_(True), weight.clone().requires_grad_(True)
+    return torch.autograd.grad(norm(x, weight), (x, weight), grad)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 1001])
+def test_rms_norm_gradient(width, compiled, monkeypatch):
+    """Against the definition's, in float64; rows more than are added up at a time, some as small as epsilon; the same bits for any number of threads."""
+    x = torch.randn(3, 50, width) * torch.logspace(-4, 3, 50)[:, None]
+    weight, grad = torch.randn(width), torch.randn(width, 50, 3).permute(2, 1, 0)  # a gradient of any strides
+    found = rms_norm_gradients(lambda x, w: rms_norm(x, w, 1e-5), x, weight, grad)
+
+    def definition(x, w):
+        return w * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    expected = rms_norm_gradients(definition, *(each.double() for each in (x, weight, grad)))
+    # Of a row, to the rounding of its largest entry: what is subtracted may be as large as what is left.
+    size = (grad * weight).abs().amax(-1, keepdim=True).double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert ((found[0].double() - expected[0]).abs() <= 1e-6 * size * (1 + width**0.5)).all()
+    torch.testing.assert_close(found[1].double(), expected[1], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    again = rms_norm_gradients(lambda x, w: rms_norm(x, w, 1e-5), x, weight, grad)
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+
+
 @pytest.mark.parametrize("width", [1, 7, 64, 1001])
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_log_sum_exp(width, scale, compiled):

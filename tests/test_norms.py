@@ -1,4 +1,4 @@
-"""RMS norms as one operator: the same numbers as the model's own, only where they are the same, and only inside the block."""
+"""RMS norms as one operator: the same numbers and gradients as the model's own, only where they are the same, and only inside the block."""
 
 import copy
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GemmaConfig, PreTrainedModel
 
 from precompute.scorer import kernels
-from precompute.scorer.norms import fused_norms
+from precompute.scorer.norms import fused_norms, use_fused_norms
 
 IDS = torch.arange(2, 60)[None]
 
@@ -43,6 +43,46 @@ def test_every_norm_is_fused_and_computes_the_same(kind):
     assert fused < 1.5 * own  # both are sums of roundings, in another order
     assert num_fused(model) == 0
     assert not any("forward" in vars(norm) for norm in norms_of(model))
+
+
+def gradients(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], int]:
+    """Of a loss over all logits, in every parameter; and how many bytes autograd was given to keep outside checkpointed layers."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(input_ids=IDS, use_cache=False).logits
+    logits.log_softmax(-1)[..., ::7].sum().backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters()}, sum(kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_gradients_are_those_of_the_models_own_norms(kind, checkpointing):
+    """In float32 and, rounding for rounding, in bfloat16: each parameter's against float64, as far off as the module's own code is."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny.make_model(kind).to(dtype).requires_grad_(True).train()
+        for norm in norms_of(model):
+            torch.nn.init.normal_(norm.weight, 1, 0.3)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        exact, _ = gradients(copy.deepcopy(model).double())
+        own, own_kept = gradients(model)
+        replaced = use_fused_norms(model)
+        assert len(replaced) == len(norms_of(model))
+        fused, kept = gradients(model)
+
+        def off(found, exact=exact):
+            return {name: ((found[name].double() - each).norm() / each.norm()).item() for name, each in exact.items()}
+
+        for (name, ours), theirs in zip(off(fused).items(), off(own).values(), strict=True):
+            assert ours <= 2 * theirs + 1e-6, f"{name}: {ours:.2g}, the module's own code {theirs:.2g}"
+        assert dtype != torch.float32 or kept < own_kept
 
 
 def test_norms_that_compute_something_else_are_left_alone():

@@ -17,6 +17,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from precompute.scorer.attention import NAME, packed_outputs, refuse_unpackable, set_attention
 from precompute.scorer.cpu import use_fast_linears
 from precompute.scorer.head import head_of
+from precompute.scorer.norms import use_fused_norms
 from precompute.scorer.packing import Sequence, pack
 from precompute.scorer.rope import together
 from store.errors import InputError
@@ -42,6 +43,7 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
     refuse_unpackable_policy(model)
     set_attention(model, NAME)
     use_fast_linears(model)
+    use_fused_norms(model)
     padded_forward = model.forward
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, **kwargs):

@@ -14,6 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 from precompute.scorer.attention import packed_attention
 from precompute.scorer.cpu import use_fast_linears
 from precompute.scorer.head import head_of
+from precompute.scorer.norms import fused_norms
 from precompute.scorer.packing import Sequence
 from precompute.scorer.rope import together
 from precompute.scorer.scoring import Layout
@@ -86,7 +87,7 @@ def _packed(model: PreTrainedModel, sequences: list[Sequence]) -> list[torch.Ten
     head_of(model)  # measured by a plain forward
     replaced = use_fast_linears(model)
     try:
-        with packed_attention(model):
+        with packed_attention(model), fused_norms(model):
             values = packed_forward(model, *_as_trl_pads(model, sequences), ("log_probs",)).log_probs
     finally:
         for layer in replaced:

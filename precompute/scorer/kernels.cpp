@@ -1,4 +1,5 @@
-// Attention over a packed row, RMS norm and log-sum-exp for CPUs, in float32: what PyTorch computes in several passes over memory, in one.
+// Attention over a packed row, RMS norm with its gradient and log-sum-exp for CPUs, in float32: what PyTorch computes in several passes over
+// memory, in one.
 // Called through precompute/scorer/kernels.py, which says what each computes and checks what it is given.
 //
 // Written with GCC's vector types: LANES floats to a register, whatever the machine has. Both products of attention run on a block of
@@ -265,6 +266,17 @@ void attend(const Row& row, const PackedKeys& packed, int64_t branch, int64_t he
     }
 }
 
+// sum over i of a[i] b[i]
+inline float product(const float* a, const float* b, int64_t width) {
+    Floats sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        for (int k = 0; k < 4; k++) sums[k] += load(a + i + k * LANES) * load(b + i + k * LANES);
+    float total = sum(sums[0] + sums[1] + (sums[2] + sums[3]));
+    for (; i < width; i++) total += a[i] * b[i];
+    return total;
+}
+
 }  // namespace
 
 extern "C" {
@@ -293,15 +305,38 @@ void rms_norm(const float* x, const float* weight, float* out, int64_t num_rows,
     for (int64_t row = 0; row < num_rows; row++) {
         const float* from = x + row * width;
         float* to = out + row * width;
-        Floats squares[4] = {};
-        int64_t i = 0;
-        for (; i + 4 * LANES <= width; i += 4 * LANES)
-            for (int k = 0; k < 4; k++) squares[k] += load(from + i + k * LANES) * load(from + i + k * LANES);
-        float total = sum(squares[0] + squares[1] + (squares[2] + squares[3]));
-        for (; i < width; i++) total += from[i] * from[i];
-        const float scale = 1.0f / std::sqrt(total / width + epsilon);
-        for (i = 0; i < width; i++) to[i] = from[i] * scale * weight[i];
+        const float scale = 1.0f / std::sqrt(product(from, from, width) / width + epsilon);
+        for (int64_t i = 0; i < width; i++) to[i] = from[i] * scale * weight[i];
     }
+}
+
+// With s = 1 / sqrt(mean(x^2) + epsilon): grad_x = s (weight grad - x s^2 mean(weight grad x)), grad_weight = the sum over rows of grad x s.
+// ROWS_AT_A_TIME rows are added up at a time, and those sums in double, so that the result does not depend on the number of threads.
+void rms_norm_backward(const float* grad, const float* x, const float* weight, float* grad_x, float* grad_weight, int64_t num_rows,
+                       int64_t width, float epsilon, int num_threads) {
+    constexpr int64_t ROWS_AT_A_TIME = 64;
+    const int64_t num_parts = (num_rows + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
+    std::vector<float> parts(num_parts * width);
+#pragma omp parallel for num_threads(num_threads) if (num_rows * width > 1 << 16)
+    for (int64_t part = 0; part < num_parts; part++) {
+        float* sums = parts.data() + part * width;
+        std::vector<float> weighted(width);
+        for (int64_t row = part * ROWS_AT_A_TIME; row < std::min(num_rows, (part + 1) * ROWS_AT_A_TIME); row++) {
+            const float *from = x + row * width, *upstream = grad + row * width;
+            float* to = grad_x + row * width;
+            const float scale = 1.0f / std::sqrt(product(from, from, width) / width + epsilon);
+            for (int64_t i = 0; i < width; i++) {
+                weighted[i] = weight[i] * upstream[i];
+                sums[i] += upstream[i] * from[i] * scale;
+            }
+            const float along = product(weighted.data(), from, width) / width * scale * scale;
+            for (int64_t i = 0; i < width; i++) to[i] = scale * (weighted[i] - from[i] * along);
+        }
+    }
+    std::vector<double> total(width);
+    for (int64_t part = 0; part < num_parts; part++)
+        for (int64_t i = 0; i < width; i++) total[i] += parts[part * width + i];
+    std::copy(total.begin(), total.end(), grad_weight);
 }
 
 void log_sum_exp(const float* x, int64_t stride, float* out, int64_t num_rows, int64_t width, int num_threads) {

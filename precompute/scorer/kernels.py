@@ -1,7 +1,6 @@
 """Kernels for float32 on a CPU, in C++ (kernels.cpp): attention over a packed row, RMS norm, log-sum-exp.
 
-They are compiled at first use, for this machine's processor, and kept in the user's cache folder. Each takes inference tensors and has no
-gradient.
+They are compiled at first use, for this machine's processor, and kept in the user's cache folder. Of these, RMS norm has a gradient.
 """
 
 import ctypes
@@ -78,15 +77,40 @@ def packed_attention(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x [..., D], weight [D], float32 -> weight x / sqrt(mean(x^2) + epsilon), the mean over D (arXiv 1910.07467, equation 4)."""
+    """x [..., D], weight [D], float32 -> weight x / sqrt(mean(x^2) + epsilon), the mean over D (arXiv 1910.07467, equation 4). Differentiable."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} for x {tuple(x.shape)}")
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, epsilon)
+    return _rms_norm(x, weight, epsilon)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     library().rms_norm(
         _address(x), _address(weight), _address(out), x[..., 0].numel(), x.shape[-1], epsilon, torch.get_num_threads()
     )
     return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and the weight for the backward, nothing else: a row's factor is a sum over what is read anyway."""
+
+    @staticmethod
+    def forward(ctx, x, weight, epsilon):
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return _rms_norm(x, weight, epsilon)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = (tensor.contiguous() for tensor in ctx.saved_tensors)
+        grad = grad.contiguous()
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        addresses = (_address(tensor) for tensor in (grad, x, weight, grad_x, grad_weight))
+        library().rms_norm_backward(*addresses, x[..., 0].numel(), x.shape[-1], ctx.epsilon, torch.get_num_threads())
+        return grad_x, grad_weight, None
 
 
 def log_sum_exp(x: torch.Tensor) -> torch.Tensor:
@@ -136,8 +160,9 @@ def library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.packed_attention.argtypes = [pointer, ctypes.c_int]
     loaded.rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float, ctypes.c_int]
+    loaded.rms_norm_backward.argtypes = [*[pointer] * 5, integer, integer, ctypes.c_float, ctypes.c_int]
     loaded.log_sum_exp.argtypes = [pointer, integer, pointer, integer, integer, ctypes.c_int]
-    for function in (loaded.packed_attention, loaded.rms_norm, loaded.log_sum_exp):
+    for function in (loaded.packed_attention, loaded.rms_norm, loaded.rms_norm_backward, loaded.log_sum_exp):
         function.restype = None
     return loaded
 

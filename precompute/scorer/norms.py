@@ -1,8 +1,9 @@
-"""RMS norms as one operator while scoring: PyTorch's, or for float32 on a CPU the one of kernels.py.
+"""RMS norms as one operator, in scoring and in training: PyTorch's, or for float32 on a CPU the one of kernels.py.
 
-transformers writes a norm as seven operators, most of which read and write every token's values in float32. On a GPU that is memory traffic:
-counted for OLMo 3's 7B, half of what all element-wise work moves (docs/notebook/gpu_traffic.md), which `F.rms_norm` does in one kernel. On a CPU it does
-not; there kernels.py does. In bfloat16 `F.rms_norm` rounds once, where Llama's and Qwen's own norms round before the weight's product as well.
+transformers writes a norm as seven operators, most of which read and write every token's values in float32, and keep them for the backward. On a
+GPU that is memory traffic: counted for OLMo 3's 7B, half of what all element-wise work moves and a third of what training keeps of a token
+(docs/benchmarks.md), which `F.rms_norm` does in one kernel and keeps a number per token of. On a CPU it does not; there kernels.py does. In
+bfloat16 `F.rms_norm` rounds once, where Llama's and Qwen's own norms round before the weight's product as well.
 """
 
 import inspect
@@ -17,25 +18,32 @@ from precompute.scorer import kernels
 
 @contextmanager
 def fused_norms(model: PreTrainedModel):
-    """For scoring: inside the block every RMS norm of the model's body that computes what `F.rms_norm` computes is one operator. Others stay as they are."""
-    replaced: list[torch.nn.Module] = []
-    same: dict[type, bool] = {}
+    """Inside the block the norms are as `use_fused_norms` makes them; at its end each is its own again."""
+    replaced = use_fused_norms(model)
     try:
-        for module in model.base_model.modules():
-            kind = type(module)
-            if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module):  # not what somebody else replaced
-                continue
-            if getattr(module, "weight", None) is None:  # a class may make some with a weight and some without
-                continue
-            if kind not in same:
-                same[kind] = _is_plain(module)
-            if same[kind]:
-                module.forward = _forward_of(module)
-                replaced.append(module)
         yield
     finally:
         for module in replaced:
             del module.forward  # the class's own shows again
+
+
+def use_fused_norms(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Make one operator, with gradients, of every RMS norm of the model's body that computes what `F.rms_norm` computes; return those. Others
+    stay as they are."""
+    replaced: list[torch.nn.Module] = []
+    same: dict[type, bool] = {}
+    for module in model.base_model.modules():
+        kind = type(module)
+        if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module):  # not what somebody else replaced
+            continue
+        if getattr(module, "weight", None) is None:  # a class may make some with a weight and some without
+            continue
+        if kind not in same:
+            same[kind] = _is_plain(module)
+        if same[kind]:
+            module.forward = _forward_of(module)
+            replaced.append(module)
+    return replaced
 
 
 def _epsilon(module: torch.nn.Module) -> float | None:

@@ -1,4 +1,5 @@
-"""Flash attention for rows of sequences, as plain mathematics behind the argument checks of PyTorch's CUDA kernels (flash_api.cpp).
+"""What a GPU computes in one kernel and a CPU does not: flash attention for rows of sequences, as plain mathematics behind the argument checks of
+PyTorch's CUDA kernels (flash_api.cpp), and RMS norm.
 
 `forward` and `backward` are `aten::_flash_attention_forward` and `_backward` for sequences laid end to end, on host tensors of any
 floating-point dtype; `take_the_place_of_cudas` puts them, with the checks, where a GPU's are called.
@@ -88,6 +89,19 @@ def check_lengths(query, key, cu_queries, cu_keys, max_queries, max_keys) -> Non
 # ---- where a GPU's are called
 
 
+def rms_norm(x, shape, weight, epsilon):
+    """weight x / sqrt(mean(x^2) + epsilon) over the last axis, and the factors 1 / sqrt [..., 1]."""
+    factor = (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return x * factor * weight, factor
+
+
+def rms_norm_backward(grad, x, shape, factor, weight, wanted):
+    """The gradients of x and of the weight."""
+    weighted = grad * weight
+    for_x = factor * (weighted - x * factor.square() * (weighted * x).mean(-1, keepdim=True))
+    return for_x, (grad * x * factor).flatten(0, -2).sum(0)
+
+
 def _require(holds: bool, text: str) -> None:
     if not holds:
         raise RuntimeError(text)
@@ -114,7 +128,8 @@ calls = {"forward": 0, "backward": 0}
 
 
 def take_the_place_of_cudas() -> None:
-    """Register the kernels for "cuda" tensors, and the product that accumulates bfloat16 into float32. For made_up_gpu.load."""
+    """Register the kernels for "cuda" tensors, RMS norm as one operator, and the product that accumulates bfloat16 into float32. For
+    made_up_gpu.load."""
     on_host, on_device = torch.ops.made_up_gpu.on_host, torch.ops.made_up_gpu.on_device
 
     def host(value):
@@ -145,7 +160,19 @@ def take_the_place_of_cudas() -> None:
         host(out).copy_(beta * host(self) + alpha * host(a) @ host(b))
         return out
 
+    def norm(kernel, kept: int):
+        """The first `kept` results in the inputs' dtype; the factors stay in float32."""
+
+        def run(x, *arguments):
+            results = kernel(host(x), *map(host, arguments))
+            dtypes = [x.dtype if index < kept else torch.float32 for index in range(len(results))]
+            return tuple(on_device(each.to(dtype), x.get_device()) for each, dtype in zip(results, dtypes, strict=True))
+
+        return run
+
     library = torch.library.Library("aten", "IMPL")
+    library.impl("_fused_rms_norm", norm(rms_norm, 1), "CUDA")
+    library.impl("_fused_rms_norm_backward", norm(rms_norm_backward, 2), "CUDA")
     library.impl("_flash_attention_forward", on_gpu(forward, "forward", 0), "CUDA")
     library.impl("_flash_attention_backward", on_gpu(backward, "backward", 1), "CUDA")
     library.impl("addmm.dtype_out", product, "CUDA")
