@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -116,6 +117,22 @@ def test_commands_for_elsewhere_have_options_that_exist(page):
             assert not missing, (argv, missing)
 
 
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_anywhere_have_options_that_exist(page):
+    """Also in lines of code that no other test runs; `…` stands for what a reader adds."""
+    lines = page.read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    for line in lines:
+        if not (typed := re.match(r"(?: {4,}|\$ )?(python cli\.py [a-z].*)", line)) or typed[1].count('"') % 2:
+            continue
+        argv = shlex.split(typed[1], comments=True)[2:]
+        more = {"…", "..."} & set(argv)
+        words = [word for before, word in pairwise(argv) if word not in more or before.startswith("--")]
+        command = cli.main.commands[argv[0]]
+        given, rest, _ = command.make_parser(click.Context(command)).parse_args(words)
+        missing = [each.name for each in command.params if each.required and each.name not in given]
+        assert not rest and (more or not missing), (argv, rest, missing)
+
+
 def test_examples_in_help_have_options_that_exist():
     assert cli.EXAMPLES.keys() == cli.main.commands.keys()
     for name, text in cli.EXAMPLES.items():
@@ -173,6 +190,14 @@ def test_architecture_lists_every_file():
         assert sorted(listed) == sorted(files), room
     named = re.findall(r"`((?:precompute|store|train|slurm)/[\w/]+\.\w+)`", text)
     assert len(named) > 15 and all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lines_fit_a_screen(page):
+    """100 characters, but for rows of tables and for what a command prints."""
+    text = re.sub(r"^```text\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|") and " " in line.strip()]
+    assert not long, long
 
 
 def test_links_and_files_named_exist():

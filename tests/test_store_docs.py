@@ -113,7 +113,7 @@ def test_a_store_is_read_as_a_folder(path):
 
 
 def test_sha256sum_reads_the_manifest(path):
-    program = re.search(r'python -c "(.*?)" \| sha256sum', TEXT)[1]
+    program = re.search(r'python -c "(.*?)" \| sha256sum', TEXT.replace("\\\n", ""))[1]
     listed = subprocess.run([sys.executable, "-c", program], cwd=path, capture_output=True, text=True, check=True).stdout
     checked = subprocess.run(["sha256sum", "--check"], cwd=path, input=listed, capture_output=True, text=True, check=False)
     assert checked.returncode == 0 and checked.stdout.count(": OK") == 8
