@@ -40,7 +40,7 @@ values of `--layout`. A line with a comma is a setting of the `config.json` name
 
 FOOT = """
 `make test` sweeps some of these again and `make test-all` all of them. What they find must be what
-stands here. To write the page anew, for another version of transformers for example:
+stands here. To write the page again, for another version of transformers for example:
 `python tests/models_page.py`.
 """
 
