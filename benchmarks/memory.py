@@ -90,6 +90,7 @@ def precompute(folder: Path, dataset: Path, model: str, shard_size: int | None) 
 
     from launch import Process
     from precompute import worker
+    from precompute.config import PrecomputeConfig
     from precompute.scorer.packing import pack
     from precompute.scorer.scoring import ScoredBatch
 
@@ -107,8 +108,8 @@ def precompute(folder: Path, dataset: Path, model: str, shard_size: int | None) 
         return manifest
 
     real_seal, worker.seal, worker.score_batches = worker.seal, timed_seal, made_up
-    config = worker.PrecomputeConfig(
-        dataset=str(dataset),
+    config = PrecomputeConfig(
+        dataset=(str(dataset),),
         split="train",
         dataset_revision=None,
         limit=None,

@@ -35,12 +35,13 @@ from shapes import SHAPES, forward_flops, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import Process
+from precompute.config import PrecomputeConfig
 from precompute.pairs import Pair, tokenize_rows
 from precompute.scorer.cpu import keep_freed_memory, linear
 from precompute.scorer.model import load_model
 from precompute.scorer.packing import PackedBatch, Sequence, pack, plan
 from precompute.scorer.scoring import HEAD_TILE, ready_to_score, score_packed
-from precompute.worker import PrecomputeConfig, run
+from precompute.worker import run
 from store import DTYPES
 from store.reader import Store, open_store
 
@@ -83,7 +84,7 @@ def time_trl(args, rows: datasets.Dataset, batch_size: int, folder: Path) -> tup
 def time_ours(args, source: Path, folder: Path) -> tuple[float, Store]:
     started = now()
     config = PrecomputeConfig(
-        dataset=str(source),
+        dataset=(str(source),),
         split="train",
         dataset_revision=None,
         limit=args.rows,

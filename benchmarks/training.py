@@ -246,8 +246,9 @@ def prepare(args, micro_batches: list[int]) -> dict:
 
     from launch import Process
     from precompute import worker
+    from precompute.config import PrecomputeConfig
     from precompute.pairs import tokenize_rows
-    from precompute.worker import PrecomputeConfig, run
+    from precompute.worker import run
     from store.reader import open_store
     from train.balance import shuffled
 
@@ -280,7 +281,7 @@ def prepare(args, micro_batches: list[int]) -> dict:
         make_model(args.shape, tokenizer, args.dtype, args.work / "model")
         args.model = args.tokenizer = str(args.work / "model")
     config = PrecomputeConfig(
-        dataset=str(args.work / "rows.parquet"),
+        dataset=(str(args.work / "rows.parquet"),),
         split="train",
         dataset_revision=None,
         limit=None,

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
@@ -22,15 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from precompute.clock import Clock
-from precompute.columns import ColumnOptions
+from precompute.config import AnalyzeConfig
 from precompute.dataset import load_rows
 from precompute.pairs import TokenizedRows, tokenize_rows
 from precompute.scorer.model import load_tokenizer
 from precompute.scorer.packing import common_prefix, plan
 from store.errors import InputError
-
-MAX_LENGTHS = (1024, 2048, 4096, 8192, 16384)
-"""What is asked of every dataset; `--max-length` adds others."""
 
 WHOLE = 1 << 30
 """A max_length that cuts nothing."""
@@ -45,29 +42,6 @@ ENOUGH = 0.95
 """The recommended max_length leaves at least this share of the pairs whole ..."""
 LOST = 0.01
 """... and costs at most this share of the pairs, whose prompt alone fills it."""
-
-
-@dataclass(frozen=True)
-class AnalyzeConfig:
-    """What `cli.py analyze` was asked for."""
-
-    name: str
-    """The dataset as it was asked for: a preset's name, or the next."""
-    dataset: str
-    split: str
-    dataset_revision: str | None
-    limit: int | None
-    sample: int | None
-    """Look at this many rows, evenly spaced over the dataset."""
-    tokenizer: str
-    revision: str | None
-    chat_template: Path | None
-    max_lengths: tuple[int, ...]
-    tokens_per_batch: int
-    num_workers: int | None
-    """Processes; None: one per core, as far as the rows keep them busy."""
-    dataset_config: str | None = None
-    columns: ColumnOptions = field(default_factory=ColumnOptions)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ are listed, each with an example, in docs/data.md.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from precompute.config import ColumnOptions
 from precompute.pairs import COLUMNS
 from store.errors import InputError
 
@@ -57,32 +57,6 @@ SPEAKERS = {
     "tool": "tool",
 }
 """ShareGPT's `from` -> role."""
-
-
-@dataclass(frozen=True)
-class ColumnOptions:
-    """How the columns of a source are named and meant, where it does not say so itself."""
-
-    prompt: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    system: str | None = None
-    """Column whose text becomes the first turn."""
-    as_conversation: bool = False
-    """Plain texts become turns: the prompt the user's, the answers the assistant's."""
-    ignore: tuple[str, ...] = ()
-    """Columns that are known not to matter."""
-
-    def named(self) -> dict[str, str]:
-        """Column of the source -> what it is, for those that were named."""
-        given = {name: getattr(self, name) for name in ("prompt", "chosen", "rejected", "system")}
-        return {column: name for name, column in given.items() if column is not None}
-
-    def __str__(self) -> str:
-        """As options of the command line."""
-        words = [f"--{each.name}-column {getattr(self, each.name)}" for each in fields(self)[:4] if getattr(self, each.name)]
-        words += ["--as-conversation"] * self.as_conversation + [f"--ignore-column {name}" for name in self.ignore]
-        return " ".join(words)
 
 
 def scored(names: Iterable[str], options: ColumnOptions, where: str) -> dict[str, str]:

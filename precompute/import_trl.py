@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel
 
+from precompute.config import PrecomputeConfig
 from precompute.pairs import Pair, tokenize_rows
 from precompute.scorer.packing import Sequence
 from precompute.scorer.rescore import TOLERANCE
 from precompute.scorer.scoring import score
 from precompute.scorer.self_test import self_test
 from precompute.shard import shard_of
-from precompute.worker import PrecomputeConfig, load_inputs
-from store.command import Command
+from precompute.worker import load_inputs
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store
 from store.manifest import Identity, Manifest, ShardReport
@@ -57,13 +57,7 @@ def import_trl(
         )
     self_test(model, config.dtype, layout="padded", tokens_per_batch=1)
     _check_numbers(model, config.dtype, pairs, cached, num_pairs, cache)
-    command = Command.now(
-        config.ref_store,
-        limit=config.limit,
-        chat_template=config.chat_template,
-        shard_size=config.shard_size,
-        columns=str(config.columns),
-    )
+    command = config.command()
     prepare_store(config.ref_store, identity, command)
     missing = set(missing_shards(config.ref_store, identity))
     first = 0

@@ -8,15 +8,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 from launch import Process
+from precompute.config import Show
 from store.errors import StoreError
 from store.folder import missing_shards
 from store.manifest import Identity, ShardReport
 from store.shard import part_name, read_footer
-
-Show = Literal["text", "json", "nothing"]
 
 SECONDS_BETWEEN_LINES = {True: 0.5, False: 60.0}
 """On a terminal, in a log."""

@@ -12,11 +12,10 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +25,11 @@ from transformers import PreTrainedModel
 import devices
 from launch import Process, place_among_all
 from precompute.clock import Clock
-from precompute.columns import ColumnOptions
+from precompute.config import PrecomputeConfig
 from precompute.dataset import JoinedRows, Rows, check_and_fingerprint, load_rows
 from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
-from precompute.progress import Progress, Show, say_where_it_goes_on
+from precompute.progress import Progress, say_where_it_goes_on
 from precompute.reuse import Known
 from precompute.scorer import kernels
 from precompute.scorer.attention import named_kernel, use_kernel
@@ -47,13 +46,12 @@ from precompute.scorer.model import (
     weights_sha256,
 )
 from precompute.scorer.rope import refuse_dynamic
-from precompute.scorer.scoring import SCORER_VERSION, Layout, score_batches
+from precompute.scorer.scoring import SCORER_VERSION, score_batches
 from precompute.scorer.self_test import self_test
 from precompute.sealed import checkpoint_stamp, is_complete, weights_known
 from precompute.shard import shard_of
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
-from store.command import Command
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store, refuse_non_store, stored_identity
 from store.manifest import MAX_SHARDS, DatasetPart, Identity, Manifest, ShardReport, manifest_path
@@ -67,47 +65,6 @@ LONG_CHECK_S = 5
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """Between two looks at the shards that other workers hold, growing: hundreds of workers may be waiting for the last one."""
-
-
-@dataclass(frozen=True)
-class PrecomputeConfig:
-    """What `cli.py precompute` was asked for. Everything but the last block makes the numbers and has no default here."""
-
-    dataset: str
-    split: str
-    dataset_revision: str | None
-    limit: int | None
-    """Score only the first so many rows."""
-    model: str
-    revision: str | None
-    tokenizer: str
-    chat_template: Path | None
-    """File with a chat template that replaces the tokenizer's."""
-    max_length: int
-    dtype: str
-    shard_size: int | None
-    """Rows per shard; None: precompute/plan.py decides by the number of rows."""
-    ref_store: Path
-    preset: str | None
-    more_datasets: tuple[str, ...] = ()
-    """Further ones, whose rows follow. Split, configuration, limit and columns are asked of each."""
-    dataset_config: str | None = None
-    """Configuration of a dataset that has several."""
-    columns: ColumnOptions = field(default_factory=ColumnOptions)
-    """What the dataset's columns are called and mean."""
-    reuse: Path | None = None
-    """Another store, whose log-probs are taken over for the pairs that are the same."""
-    template_date: str | None = None
-    """YYYY-MM-DD, for a chat template that writes the date."""
-    # speed: recorded, never compared
-    layout: Layout = "packed"
-    attention_kernel: str = "default"
-    """One of precompute.scorer.attention.KERNELS."""
-    tokens_per_batch: int | Literal["auto"] = 16384
-    attn_implementation: str | None = None
-    """Of the padded layout; None: precompute/scorer/model.py decides."""
-    show: Show = "text"
-    """What is printed meanwhile: precompute/progress.py."""
 
 
 def run(config: PrecomputeConfig, process: Process) -> Manifest:
@@ -135,13 +92,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     rows, tokenizer, model, identity = load_inputs(config, where, weights_known(config.ref_store, stamp))
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
-    command = Command.now(
-        config.ref_store,
-        limit=config.limit,
-        chat_template=config.chat_template,
-        shard_size=config.shard_size,
-        columns=str(config.columns),
-    )
+    command = config.command()
     known = None if config.reuse is None else Known(config.reuse, identity, config.ref_store)
     prepare_store(config.ref_store, identity, command)
     if identity.datasets is not None:  # in the store's own words, should this run spell a path otherwise
@@ -272,7 +223,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
             model=config.model,
             revision=config.revision,
             tokenizer=config.tokenizer,
-            dataset=" + ".join((config.dataset, *config.more_datasets)),
+            dataset=" + ".join(config.dataset),
             split=config.split,
             dataset_revision=config.dataset_revision,
             weights_sha256=known_weights or weights_sha256(model),
@@ -299,7 +250,6 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
 
 def _load_all(config: PrecomputeConfig) -> tuple[Rows | JoinedRows, tuple[DatasetPart, ...] | None]:
     """The rows of the dataset, or of all; and which are whose, where there are several."""
-    names = (config.dataset, *config.more_datasets)
     found = [
         load_rows(
             name,
@@ -309,11 +259,11 @@ def _load_all(config: PrecomputeConfig) -> tuple[Rows | JoinedRows, tuple[Datase
             limit=config.limit,
             options=config.columns,
         )
-        for name in names
+        for name in config.dataset
     ]
     if len(found) == 1:
         return found[0], None
-    return JoinedRows(tuple(found)), tuple(DatasetPart(name, len(part)) for name, part in zip(names, found, strict=True))
+    return JoinedRows(tuple(found)), tuple(DatasetPart(name, len(part)) for name, part in zip(config.dataset, found, strict=True))
 
 
 def _check_every_row(rows: Rows | JoinedRows, tokenizer, fingerprint: Future, given_up: Event) -> None:

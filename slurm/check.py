@@ -26,7 +26,7 @@ DATA_ENDINGS = (".parquet", ".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".gz",
 
 def check_precompute(options: dict[str, Any], preset: Preset | None) -> None:
     """`options` of `precompute`, completed by the preset. InputError, or StoreError for a store that has other numbers."""
-    for source in (options["dataset"], *options["more_datasets"]):
+    for source in options["dataset"]:
         _check_dataset(source)
     if preset is None or options["model"] != preset.model:  # the demo's is made at first use
         _check_model("--model", options["model"])

@@ -10,7 +10,9 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from options import Option
 from store.command import VARIABLE, again
 from store.errors import InputError, RefdpoError
 
@@ -20,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRECOMPUTE, TRAIN = "slurm/precompute.sbatch", "slurm/train.sbatch"
 LOGS = "logs"
 
+RESOURCES, MORE = "Resources", "Further options"
+
 KIND_AND_NUMBER = re.compile(r"(?:[\w.-]+:)?\d+(?:,[\w.-]+:\d+)*")
 
 
@@ -28,14 +32,17 @@ class Resources:
     """What one phase asks for; GPUs, CPUs and memory are per node."""
 
     nodes: int = 1
-    gpus: str = "4"
-    """A number, or kinds with their numbers, as sbatch writes them: 4, h100:4, a100:2,h100:2."""
-    cpus: int = 32
-    mem: str = "500G"
-    time: str = "24:00:00"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    gpus: Annotated[
+        str,
+        Option("GPUs per node, with their kind where a cluster has several: 4, h100:4. One worker or rank for each.", RESOURCES),
+    ] = "4"
+    """As sbatch writes them: 4, h100:4, a100:2,h100:2."""
+    cpus: Annotated[int, Option("CPUs per node.", RESOURCES)] = 32
+    mem: Annotated[str, Option("Memory per node.", RESOURCES)] = "500G"
+    time: Annotated[str, Option("Limit per job. Some minutes before it a job is requeued and goes on.", RESOURCES)] = "24:00:00"
+    partition: Annotated[str | None, Option("As for sbatch.", RESOURCES)] = None
+    account: Annotated[str | None, Option("As for sbatch.", RESOURCES)] = None
+    qos: Annotated[str | None, Option("As for sbatch.", RESOURCES)] = None
     sbatch_args: tuple[str, ...] = ()
     """Further options of sbatch; they come last and win."""
 
@@ -65,10 +72,32 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubmitConfig:
+    """`submit`: both phases. Beside these fields are those of Resources, for both phases and for each: cli.py."""
+
+    dataset: Annotated[
+        tuple[str, ...], Option("As for precompute: think | instruct | demo, a hub id, a file or a folder.", "Store")
+    ]
+    ref_store: Annotated[Path | None, Option("Folder of the store.", "Store", default="store/<dataset>")] = None
+    array: Annotated[
+        int | None,
+        Option("Phase 1 as an array of so many jobs, each with the resources below.", RESOURCES, default="one job", at_least=1),
+    ] = None
+    precompute_nodes: Annotated[int, Option("Nodes of (each job of) phase 1.", RESOURCES, at_least=1)] = 1
+    train_nodes: Annotated[int, Option("Nodes of phase 2.", RESOURCES, at_least=1)] = 1
+    sbatch_args: Annotated[str, Option("Further options of sbatch, for both jobs, quoted as one word.", MORE)] = ""
+    precompute_sbatch_args: Annotated[str, Option("--sbatch-args of precompute alone.", hidden=True)] = ""
+    train_sbatch_args: Annotated[str, Option("--sbatch-args of train alone.", hidden=True)] = ""
+    precompute_args: Annotated[str, Option("Further options of precompute, quoted as one word.", MORE)] = ""
+    train_args: Annotated[str, Option("Further options of train, quoted as one word.", MORE)] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Submission:
     """What to run, where, and on what. Options are those of `cli.py precompute` and `cli.py train`; paths are seen from `folder`."""
 
     folder: Path
+    ref_store: Path
     precompute_options: tuple[str, ...]
     train_options: tuple[str, ...]
     precompute: Resources

@@ -225,3 +225,19 @@ def _megatron(store: Store, folder: Path, progress, metadata: dict[str, Any], ou
             f"{len(store.manifest.unscorable):,} rows without a pair have zeros: Megatron-Bridge emits zero-loss stubs where nothing can be scored"
         )
     return notes
+
+
+def key_values(given: tuple[str, ...]) -> dict:
+    """KEY=JSON words as a dict. InputError for one that is none."""
+    values = {}
+    for each in given:
+        name, _, text = each.partition("=")
+        try:
+            values[name] = json.loads(text, parse_constant=int)  # NaN is no JSON
+            if not name:
+                raise ValueError
+        except ValueError as error:
+            raise InputError(
+                "not KEY=JSON", where=f"--metadata {each}", expected="such as split=null or tensor_model_parallel_size=2"
+            ) from error
+    return values

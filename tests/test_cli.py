@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import cli
 from presets import PRESETS
+from train.start import config_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,7 +169,7 @@ def test_a_loss_that_is_named_brings_its_own_beta(rows, tiny_llama, tmp_path):
         argv = ["--ref-store", str(store), *words.split()]
         given = cli.main.commands["train"].make_context("train", argv).params
         given = {name: value for name, value in given.items() if name not in ("num_processes", "resume_or_start")}
-        assert cli._train_config(**given).beta == expected
+        assert config_of(given).beta == expected
     refused(
         "train",
         "--ref-store",

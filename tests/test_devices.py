@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ import devices
 import precompute.scorer.model
 import precompute.worker
 import train.run
+from precompute.scorer import AttentionKernel
 from precompute.scorer.attention import KERNELS, named_kernel, refuse_without_kernels, use_kernel
 from store.errors import InputError
-from train.config import ATTENTION_KERNELS
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
 
@@ -224,7 +225,7 @@ def test_kernels_by_name(monkeypatch):
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
-    assert tuple(KERNELS) == ATTENTION_KERNELS
+    assert tuple(KERNELS) == get_args(AttentionKernel)
     use_kernel("default", layout="packed", device=gpu, dtype="bfloat16")
     use_kernel("default", layout="padded", device=torch.device("cpu"), dtype="float32")
     assert activated == []

@@ -1,11 +1,15 @@
-"""Everything a training run is told, checked before anything is loaded. Contradictions are refused, nothing is adjusted in silence."""
+"""Everything a training run is told, as options (options.py), checked before anything is loaded. Contradictions are refused, nothing is adjusted in silence."""
 
 import importlib.util
 import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated, get_args
 
+from options import FILE, STORE_TO_READ, Numbers, Option, StorePath
+from precompute.scorer import AttentionKernel, Layout
+from presets import Preset
 from store import DTYPES
 from store.errors import InputError
 
@@ -45,92 +49,129 @@ LR_SCHEDULER_TYPES = ("linear", "cosine", "polynomial", "constant", "constant_wi
 
 REPORTERS = ("wandb", "tensorboard")
 
-LAYOUTS = ("packed", "padded")
+PAIRS, MODEL, LOSS, COURSE, MACHINE, RECORDS = "Pairs", "Policy", "Loss", "Course", "Speed and memory", "Output and logs"
 
-ATTENTION_KERNELS = ("default", "FA3", "FA4")
-"""precompute.scorer.attention.KERNELS, known without torch."""
+
+def usual(name: str) -> str:
+    """A value of most presets, in words."""
+    value = getattr(Preset, name)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. What changes the numbers and depends on the data set or the loss has no default here; presets.py has such values."""
+    """One run; each field is an option. What changes the numbers and depends on the data set or the loss has no default here: presets.py
+    has such values."""
 
-    ref_store: Path
+    ref_store: Annotated[Path, STORE_TO_READ]
     """Sealed store with the pairs and their reference log-probs."""
-    output_dir: Path
-    """Gets the trained model, its tokenizer, checkpoints and run.json. Must not hold another run."""
-    loss_type: tuple[str, ...]
+    eval_ref_store: Annotated[
+        Path | None, Option("A second store, made with the same model, to evaluate on.", PAIRS, type=StorePath())
+    ] = None
+    where: Annotated[
+        str | None, Option("Train only on pairs for which this SQL condition over the store's columns holds.", PAIRS)
+    ] = None
+    """Evaluation with `eval_fraction` is on these alone too."""
+    order_by: Annotated[str | None, Option("SQL order to train in, such as 'num_chosen_tokens', instead of shuffling.", PAIRS)] = (
+        None
+    )
+    eval_fraction: Annotated[
+        float | None,
+        Option("Hold back this share of the pairs to evaluate on; the same pairs in every order and subset.", PAIRS),
+    ] = None
+    """Chosen by the hash of their pair_id."""
+    policy: Annotated[str | None, Option("Model to train: folder or hub id.", MODEL, default="the store's reference model")] = None
+    """None: where the store's model was loaded from then."""
+    revision: Annotated[str | None, Option("Revision of --policy on the hub.", MODEL)] = None
+    """Without `policy` the store's own revision holds."""
+    tokenizer: Annotated[
+        str | None,
+        Option("Folder or hub id.", MODEL, default="the one the store was made with, or the policy's"),
+    ] = None
+    chat_template: Annotated[Path | None, Option("The template file precompute was given, if any.", MODEL, type=FILE)] = None
+    output_dir: Annotated[Path, Option("Checkpoints, model and run.json.", RECORDS, default="runs/<store>")]
+    """Must not hold another run."""
+    max_length: Annotated[int | None, Option("Any value up to the store's.", PAIRS, default="the store's", at_least=2)] = None
+    """Tokens of prompt + completion."""
+    loss_type: Annotated[
+        tuple[str, ...],
+        Option("TRL's names; give it several times to add losses up.", LOSS, default=usual("loss_type")),
+    ]
     """Any of LOSS_TYPES, added up with `loss_weights`."""
-    beta: float
-    """Its scale belongs to the loss type: 5 with `sigmoid_norm` (mean log-probs), 0.1 with `sigmoid` (sums); `default_beta`."""
-    learning_rate: float
-    per_device_train_batch_size: int
-    """Pairs per forward pass on each device."""
-    effective_batch_size: int | None = None
-    """Pairs per optimizer step over all devices: accumulation is derived and must come out whole. This or the next, not both."""
-    gradient_accumulation_steps: int | None = None
-    eval_ref_store: Path | None = None
-    where: str | None = None
-    """SQL condition over the store's `pairs`: only these are trained and evaluated on."""
-    order_by: str | None = None
-    """SQL order of the training pairs, kept as it is instead of shuffling."""
-    eval_fraction: float | None = None
-    """Share of the store's pairs, chosen by the hash of their pair_id, to evaluate on instead of training."""
-    policy: str | None = None
-    """Folder or hub id of the model to train; None: the store's reference model, where it was loaded from then."""
-    revision: str | None = None
-    """Revision of `policy`; without `policy` the store's own revision holds."""
-    tokenizer: str | None = None
-    """None: the store's tokenizer with the store's model, the policy's own otherwise."""
-    chat_template: Path | None = None
-    """The template file given to precompute, if one was."""
-    max_length: int | None = None
-    """Tokens of prompt + completion, at most the store's; None: the store's."""
-    dtype: str | None = None
-    """Of weights and activations (optimizer states are float32 in any case); None: the store's."""
-    loss_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
-    ld_alpha: float | None = None
-    """LD-DPO's weight of the tokens beyond the shorter completion; None: plain sums."""
-    use_weighting: bool = False
-    """WPO: weigh each pair by how likely the policy is to write its completions."""
-    layout: str = "packed"
-    """packed: without padding, prompts once, ranks evenly loaded; padded: stock TRL."""
-    lr_scheduler_type: str = "linear"
-    warmup_ratio: float = 0.1
-    num_train_epochs: float = 1.0
-    max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever `num_train_epochs` says."""
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    attention_kernel: str = "default"
-    """Of the packed layout, on a GPU: default | FA3 | FA4, the last two from their packages."""
-    attn_implementation: str | None = None
-    """Of the padded layout, by transformers' name; None: sdpa, or eager where an architecture has no other."""
-    router_aux_loss_coef: float | None = None
-    """Weight of a mixture of experts' load-balancing loss; None: none. TRL's default is the model's own."""
-    gradient_checkpointing: bool = True
-    torch_compile: bool = False
-    """In the padded layout only: torch.compile cannot trace how a micro-batch is packed, and would compile each arrangement anew."""
-    dataloader_num_workers: int = 0
-    zero_config: Path = ZERO2
-    """DeepSpeed JSON of stage 0, 1 or 2."""
-    logging_steps: int = 10
-    save_strategy: str = "steps"
-    """no | steps | epoch: when a checkpoint to resume from is written. The trained model is saved in any case."""
-    save_steps: int = 500
-    save_total_limit: int | None = None
-    """Keep this many of the newest checkpoints; None: all."""
-    eval_steps: int | None = None
-    """Evaluate on the eval store every so many steps; None: once per epoch."""
-    report_to: tuple[str, ...] = ()
-    resume: bool | Path = False
-    """True: from the last checkpoint in `output_dir`; a path: from that checkpoint."""
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    allow_different_policy: bool = False
-    """Train a policy that is not the store's reference; the loss then does not start at that of an untrained model."""
+    loss_weights: Annotated[
+        tuple[float, ...] | None, Option("Comma-separated weights, one per --loss-type.", LOSS, type=Numbers())
+    ] = None
+    beta: Annotated[float, Option("Its scale belongs to the loss type.", LOSS, default="5 with sigmoid_norm, else 0.1")]
+    """Means of log-probs (sigmoid_norm) are smaller than sums: `default_beta`."""
+    label_smoothing: Annotated[float, Option("For robust and exo_pair.", LOSS)] = 0.0
+    ld_alpha: Annotated[float | None, Option("LD-DPO: weight of the tokens beyond the shorter completion.", LOSS)] = None
+    """None: plain sums."""
+    use_weighting: Annotated[bool, Option("WPO: weigh pairs by how likely the policy is to write their completions.", LOSS)] = False
+    learning_rate: Annotated[float, Option(group=COURSE, default=usual("learning_rate"))]
+    lr_scheduler_type: Annotated[str, Option(group=COURSE, default=usual("lr_scheduler_type"))] = Preset.lr_scheduler_type
+    warmup_ratio: Annotated[float, Option(group=COURSE, default=usual("warmup_ratio"))] = Preset.warmup_ratio
+    num_train_epochs: Annotated[float, Option(group=COURSE, default=usual("num_train_epochs"))] = Preset.num_train_epochs
+    max_steps: Annotated[int | None, Option("Stop after so many optimizer steps.", COURSE, at_least=1)] = None
+    """Whatever `num_train_epochs` says."""
+    weight_decay: Annotated[float, Option(group=COURSE)] = 0.0
+    max_grad_norm: Annotated[float, Option(group=COURSE)] = 1.0
+    per_device_train_batch_size: Annotated[
+        int,
+        Option("Pairs per forward on each device.", COURSE, default=usual("per_device_train_batch_size"), at_least=1),
+    ]
+    effective_batch_size: Annotated[
+        int | None,
+        Option("Pairs per step over all devices; accumulation follows.", COURSE, default=usual("effective_batch_size"), at_least=1),
+    ] = None
+    """Accumulation must come out whole. This or the next, not both."""
+    gradient_accumulation_steps: Annotated[int | None, Option("Instead of --effective-batch-size.", COURSE, at_least=1)] = None
+    dtype: Annotated[str | None, Option(group=MACHINE, default="the store's", choices=DTYPES)] = None
+    """Of weights and activations; optimizer states are float32 in any case."""
+    layout: Annotated[Layout, Option("padded: stock TRL.", MACHINE)] = "packed"
+    """packed: without padding, prompts once, ranks evenly loaded."""
+    attn_implementation: Annotated[
+        str | None,
+        Option("With --layout padded; packed has its own.", MACHINE, default="sdpa, or eager where a model has no sdpa"),
+    ] = None
+    """By transformers' name."""
+    router_aux_loss_coef: Annotated[
+        float | None,
+        Option("Weight of a mixture of experts' load-balancing loss.", LOSS, default="none; TRL's is the model's own", at_least=0),
+    ] = None
+    attention_kernel: Annotated[
+        AttentionKernel,
+        Option("Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", MACHINE),
+    ] = "default"
+    gradient_checkpointing: Annotated[bool, Option(group=MACHINE, default=usual("gradient_checkpointing"))] = True
+    torch_compile: Annotated[bool, Option("With --layout padded only.", MACHINE)] = False
+    """torch.compile cannot trace how a micro-batch is packed, and would compile each arrangement again."""
+    seed: Annotated[int, Option(group=COURSE)] = 42
+    logging_steps: Annotated[int, Option(group=RECORDS, at_least=1)] = 1
+    save_strategy: Annotated[str, Option(group=RECORDS, choices=("no", "steps", "epoch"))] = "steps"
+    """When a checkpoint to resume from is written. The trained model is saved in any case."""
+    save_steps: Annotated[int, Option(group=RECORDS, at_least=1)] = 500
+    save_total_limit: Annotated[int | None, Option("Keep so many of the newest checkpoints.", RECORDS, at_least=1)] = None
+    """None: all."""
+    eval_steps: Annotated[int | None, Option("Evaluate every so many steps.", RECORDS, default="once per epoch", at_least=1)] = None
+    report_to: Annotated[tuple[str, ...], Option(group=RECORDS, default="none", choices=(*REPORTERS, "none"))] = ()
+    resume: Annotated[
+        bool | Path,
+        Option("Go on from the last checkpoint in --output-dir; what is finished stays as it is.", RECORDS),
+    ] = False
+    """A path: from that checkpoint."""
+    push_to_hub: Annotated[
+        bool,
+        Option("Copy the trained model to the Hub, which is reached first; with --resume, a finished one alone.", RECORDS),
+    ] = False
+    hub_model_id: Annotated[str | None, Option("Repository for --push-to-hub.", RECORDS)] = None
+    dataloader_num_workers: Annotated[int, Option("Processes that read pairs ahead, per device.", MACHINE, at_least=0)] = 0
+    zero_config: Annotated[Path, Option("DeepSpeed JSON of stage 0, 1 or 2.", MACHINE, default="train/zero2.json", type=FILE)] = (
+        ZERO2
+    )
+    allow_different_policy: Annotated[bool, Option("Train a policy that is not the store's reference.", MODEL)] = False
+    """The loss then does not start at that of an untrained model."""
 
     def __post_init__(self):
         for name in ("ref_store", "output_dir", "eval_ref_store", "chat_template", "zero_config"):
@@ -230,14 +271,14 @@ class TrainConfig:
             raise InputError(
                 "belongs to --policy", where="--revision", next="Without --policy the store's model and revision are used."
             )
-        _require_one_of(self.layout, LAYOUTS, "--layout")
+        _require_one_of(self.layout, get_args(Layout), "--layout")
         if self.layout == "packed" and self.attn_implementation is not None:
             raise InputError(
                 "the packed layout brings its own attention",
                 where=f"--attn-implementation {self.attn_implementation}",
                 next="Leave it out, or use --layout padded.",
             )
-        _require_one_of(self.attention_kernel, ATTENTION_KERNELS, "--attention-kernel")
+        _require_one_of(self.attention_kernel, get_args(AttentionKernel), "--attention-kernel")
         if self.layout == "packed" and self.torch_compile:
             raise InputError(
                 "the packed layout cannot be compiled",

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from precompute.scorer import Layout
 from precompute.scorer.cpu import give_back_freed_memory
 from precompute.scorer.packing import Sequence
-from precompute.scorer.scoring import Layout, score_batches
+from precompute.scorer.scoring import score_batches
 from store.errors import InputError
 
 PROBES = (1024, 4096)

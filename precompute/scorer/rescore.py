@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
+from precompute.scorer import Layout
 from precompute.scorer.packing import Sequence
-from precompute.scorer.scoring import Layout, score
+from precompute.scorer.scoring import score
 from store.errors import InputError
 from store.reader import Store
 from store.schema import SUMS_ONLY

@@ -8,12 +8,12 @@ architectures that `packed` refuses.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from precompute.scorer import Layout
 from precompute.scorer.attention import packed_attention, packed_hidden, refuse_unpackable
 from precompute.scorer.cpu import fast_on_cpu, linear
 from precompute.scorer.head import head_of
@@ -29,8 +29,6 @@ bits anyway (docs/store-format.md); another one is no new version."""
 HEAD_TILE = {"cpu": (1024, 2048), "cuda": (2048, 1 << 20)}
 """Completion positions x vocabulary entries whose logits exist at a time. A CPU's tile stays in cache between the product and its
 log-sum-exp (1.1 times the speed of whole rows); a GPU takes whole rows."""
-
-Layout = Literal["packed", "padded"]
 
 
 def score(model: PreTrainedModel, sequences: list[Sequence], *, layout: Layout, tokens_per_batch: int) -> list[np.ndarray]:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from precompute.scorer import Layout
 from precompute.scorer.packing import MIN_SHARED, Sequence
-from precompute.scorer.scoring import Layout, score
+from precompute.scorer.scoring import score
 from precompute.scorer.twin import lengths_of, twin_of
 from store.errors import InputError
 

@@ -1,0 +1,256 @@
+"""What phase 1 and its desk tools are told: each field is an option (options.py). What is not given comes from the preset, or is asked for."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from default_store import default_store, preset_of, refuse_taken
+from options import FILE, FOLDER, Day, IntegerOrAuto, Option, Rate
+from precompute.scorer import AttentionKernel, Layout
+from presets import PRESETS, Preset
+from store import DTYPES
+from store.command import Command, cli
+from store.errors import InputError
+
+MAX_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+"""What `analyze` asks of every dataset; `--max-length` adds others."""
+
+Show = Literal["text", "json", "nothing"]
+
+DATA, MODEL, STORE, SPEED, OUTPUT = "Dataset", "Model and tokenizer", "Store", "Speed and memory", "Output"
+
+
+@dataclass(frozen=True)
+class ColumnOptions:
+    """How the columns of a source are named and meant, where it does not say so itself."""
+
+    prompt: Annotated[
+        str | None, Option("Column that holds the prompt.", DATA, default="prompt, if there is one", flags=("--prompt-column",))
+    ] = None
+    chosen: Annotated[str | None, Option("Column of the better answer.", DATA, default="chosen", flags=("--chosen-column",))] = None
+    rejected: Annotated[
+        str | None, Option("Column of the worse answer.", DATA, default="rejected", flags=("--rejected-column",))
+    ] = None
+    system: Annotated[
+        str | None,
+        Option("Column whose text becomes the first turn; texts then become turns too.", DATA, flags=("--system-column",)),
+    ] = None
+    as_conversation: Annotated[bool, Option("Plain texts become turns: user (prompt) and assistant (answers).", DATA)] = False
+    ignore: Annotated[
+        tuple[str, ...],
+        Option("A column that looks like part of the prompt and is not; repeatable.", DATA, flags=("--ignore-column",)),
+    ] = ()
+
+    def named(self) -> dict[str, str]:
+        """Column of the source -> what it is, for those that were named."""
+        given = {name: getattr(self, name) for name in ("prompt", "chosen", "rejected", "system")}
+        return {column: name for name, column in given.items() if column is not None}
+
+    def __str__(self) -> str:
+        """As options of the command line."""
+        words = [f"--{each.name}-column {getattr(self, each.name)}" for each in fields(self)[:4] if getattr(self, each.name)]
+        words += ["--as-conversation"] * self.as_conversation + [f"--ignore-column {name}" for name in self.ignore]
+        return " ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which rows are read, and as which tokens."""
+
+    dataset: Annotated[
+        tuple[str, ...],
+        Option(
+            "think | instruct | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md. Repeated: all of them.",
+            DATA,
+        ),
+    ]
+    """As load_rows takes them. Split, configuration, limit and columns are asked of each."""
+    model: Annotated[str, Option("Reference model: folder or hub id.", MODEL, default="the preset's")]
+    revision: Annotated[str | None, Option("Revision of the model on the hub (and of its tokenizer).", MODEL)] = None
+    tokenizer: Annotated[str, Option("Folder or hub id.", MODEL, default="the model's")]
+    chat_template: Annotated[Path | None, Option("File that replaces the tokenizer's chat template.", MODEL, type=FILE)] = None
+    dataset_config: Annotated[str | None, Option("Configuration of a dataset that has several.", DATA)] = None
+    dataset_revision: Annotated[str | None, Option("Revision of the dataset on the hub.", DATA)] = None
+    split: Annotated[str, Option("Split of the dataset, or a part of one such as 'train[:1000]'.", DATA, default="train")]
+    limit: Annotated[int | None, Option("Only the first so many rows.", DATA, at_least=1)] = None
+    columns: ColumnOptions = ColumnOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig(Source):
+    """What a store is made of, whoever computes its numbers. What makes them has no default here: a preset has, or the user."""
+
+    template_date: Annotated[str | None, Option("The day, for a chat template that writes today's date.", MODEL, type=Day())] = None
+    max_length: Annotated[
+        int,
+        Option("Tokens of prompt + completion; longer sequences keep their start.", STORE, default="the preset's", at_least=2),
+    ]
+    dtype: Annotated[str, Option("Dtype the model runs in.", STORE, default="the preset's", choices=DTYPES)]
+    shard_size: Annotated[
+        int | None,
+        Option(
+            "Rows per shard: the most a killed worker loses.",
+            STORE,
+            default="2,400 shards, of 16 to 1,024 rows",
+            at_least=1,
+        ),
+    ] = None
+    ref_store: Annotated[Path, Option("Folder of the store.", STORE, default="store/<dataset>")]
+    preset: str | None = None
+    """Recorded: phase 2 takes its defaults from it."""
+
+    def command(self) -> Command:
+        """The command that runs now, as the store records it."""
+        return Command.now(
+            self.ref_store,
+            limit=self.limit,
+            chat_template=self.chat_template,
+            shard_size=self.shard_size,
+            columns=str(self.columns),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(StoreConfig):
+    """Phase 1. The fields of this class are about speed: recorded, never compared."""
+
+    layout: Annotated[Layout, Option("padded: plain batches, for models that packed refuses.", SPEED)] = "packed"
+    attention_kernel: Annotated[
+        AttentionKernel,
+        Option("Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", SPEED),
+    ] = "default"
+    tokens_per_batch: Annotated[
+        int | Literal["auto"],
+        Option(
+            "Token budget of one forward pass: bounds its memory. auto: measure, and take the largest that fits.",
+            SPEED,
+            type=IntegerOrAuto(),
+        ),
+    ] = 16384
+    attn_implementation: Annotated[
+        str | None,
+        Option("With --layout padded; packed has its own.", SPEED, default="sdpa, or eager where a model has no sdpa"),
+    ] = None
+    reuse: Annotated[
+        Path | None,
+        Option(
+            "Another store, of the dataset before it was mended or extended: pairs that are the same are taken from it.",
+            STORE,
+            type=FOLDER,
+        ),
+    ] = None
+    show: Annotated[
+        Show,
+        Option(
+            group=OUTPUT,
+            values=(
+                ("--quiet", "nothing", "No progress."),
+                ("--json", "json", "Progress and result as JSON lines on stdout."),
+                ("--text", "text", None),
+            ),
+        ),
+    ] = "text"
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "PrecomputeConfig":
+        """From what was given, completed by the preset, whose demo model is made if it is not there."""
+        preset, options = completed(given)
+        if preset is not None and preset.name == "demo" and given["model"] is None:
+            from demo.model import make_demo_model
+
+            make_demo_model(Path(preset.model))
+        return cls(preset=preset.name if preset else None, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig(Source):
+    """`analyze`: what is measured, and how it is shown."""
+
+    name: str
+    """The dataset as it was asked for: a preset's name, or the next."""
+    dataset: Annotated[str, Option("As for precompute: a preset, a hub id, a file or a folder.", DATA)]
+    model: Annotated[
+        str | None, Option("Folder or hub id, for its tokenizer; it is not loaded.", MODEL, default="the preset's")
+    ] = None
+    max_lengths: Annotated[
+        tuple[int, ...], Option("Ask about this one too; may be given several times.", DATA, flags=("--max-length",), at_least=2)
+    ] = MAX_LENGTHS
+    sample: Annotated[int | None, Option("Only so many rows, evenly spaced over the dataset.", DATA, at_least=1)] = None
+    tokens_per_second: Annotated[
+        float | None, Option("Measured by precompute, of one GPU: adds the expected times.", SPEED, type=Rate())
+    ] = None
+    train_tokens_per_second: Annotated[
+        float | None, Option("Of one GPU in training.", SPEED, default="a quarter of the other", type=Rate())
+    ] = None
+    num_gpus: Annotated[int, Option("For the expected times.", SPEED, at_least=1)] = 1
+    tokens_per_batch: Annotated[int, Option("As for precompute.", SPEED, at_least=1)] = 16384
+    num_workers: Annotated[int | None, Option("Processes.", SPEED, default="one per core where it pays", at_least=1)] = None
+    png: Annotated[Path | None, Option("The histogram.", OUTPUT, default="runs/analyze/NAME.png, as store/NAME")] = None
+    json: Annotated[bool, Option("The numbers as JSON instead of text.", OUTPUT)] = False
+    quiet: Annotated[bool, Option("No progress bar.", OUTPUT)] = False
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "AnalyzeConfig":
+        """From what was given, completed by the preset."""
+        dataset, preset = given["dataset"], PRESETS.get(given["dataset"])
+        given = dict(given)
+        given["tokenizer"] = given["tokenizer"] or given["model"]
+        if given["tokenizer"] is None and preset is not None:
+            if preset.name == "demo":
+                from demo.model import make_demo_model
+
+                make_demo_model(Path(preset.model))
+            given["tokenizer"] = preset.model
+        if given["tokenizer"] is None:
+            raise InputError(
+                "--model or --tokenizer must be given: lengths depend on it",
+                where=f"--dataset {dataset}",
+                next=f"Add it, or use a preset: {', '.join(PRESETS)}.",
+            )
+        given["split"] = given["split"] or (preset.split if preset else "train")
+        max_lengths = {*MAX_LENGTHS, *given["max_lengths"], *([preset.max_length] if preset else [])}
+        given |= {"max_lengths": tuple(sorted(max_lengths)), "dataset": preset.dataset if preset else dataset}
+        given["png"] = given["png"] or Path("runs") / "analyze" / f"{default_store((dataset,), preset_of(dataset)).name}.png"
+        return cls(name=dataset, **given)
+
+
+def completed(given: dict[str, Any]) -> tuple[Preset | None, dict[str, Any]]:
+    """(the preset or None, the fields of StoreConfig and more that were given, completed by it). InputError names what is missing."""
+    given = dict(given)
+    several: tuple[str, ...] = given["dataset"]
+    asked = " + ".join(several)
+    if twice := next((each for each in several if several.count(each) > 1), None):
+        raise InputError("given twice: its pairs would count twice", where=f"--dataset {twice}", next="Leave one out.")
+    given["dataset"] = tuple(each.dataset if (each := preset_of(name)) else name for name in several)
+    preset = preset_of(asked)
+    defaults: dict[str, Any] = {"split": "train"}
+    if preset is not None:
+        defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype")}
+    for name, value in defaults.items():
+        given[name] = value if given[name] is None else given[name]
+    missing = [f"--{name.replace('_', '-')}" for name in ("model", "max_length", "dtype") if given[name] is None]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)} must be given: without a preset nothing that changes the numbers has a default",
+            where=f"--dataset {asked}",
+            next=f"Add them, or use a preset: {', '.join(PRESETS)}.",
+        )
+    if given["tokenizer"] is None:
+        given["tokenizer"] = given["model"]
+    if given.get("layout") == "packed" and given.get("attn_implementation") is not None:
+        raise InputError(
+            "the packed layout brings its own attention",
+            where=f"--attn-implementation {given['attn_implementation']}",
+            next="Leave it out, or use --layout padded.",
+        )
+    if "://" in str(given["ref_store"]).replace(":/", "://", 1):
+        raise InputError(
+            "is written in a local folder",
+            where=f"--ref-store {given['ref_store']}",
+            next=f"Make it in a folder, then copy it there: {cli('push', '--ref-store')} … {given['ref_store']}",
+        )
+    if given["ref_store"] is None:
+        given["ref_store"] = default_store(several, preset)
+        if preset is None:
+            refuse_taken(given["ref_store"], " + ".join(given["dataset"]), given["split"], given["dataset_config"])
+    return preset, given

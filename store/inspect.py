@@ -1,0 +1,44 @@
+"""`cli.py inspect`: a summary, the answer to a query in one of several formats, or a prompt."""
+
+import sys
+from pathlib import Path
+
+from store import sql as store_sql
+from store.errors import InputError
+from store.schema import SUMS_ONLY_NOTE
+from store.summary import summary
+
+
+def inspect(ref_store: Path, sql: str | None, form: str | None, output: Path | None, interactive: bool) -> None:
+    """Print it, or write it to `output`. `form`: table (None) | csv | json | parquet. InputError for options that contradict each other."""
+    _refuse_contradictions(sql, form, output, interactive)
+    if sql is None and not interactive:
+        return print(summary(ref_store))
+    connection = store_sql.connect(ref_store)
+    if store_sql.sums_only(ref_store):
+        print(f"{ref_store} was {SUMS_ONLY_NOTE}", file=sys.stderr)
+    if interactive:
+        store_sql.prompt(connection, form or "table")
+    elif form == "parquet":
+        print(f"{output}: {store_sql.write_parquet(connection, sql, output):,} rows", file=sys.stderr)
+    elif output is not None:
+        with store_sql.new_file(output) as staged, open(staged, "w", encoding="utf-8", newline="") as file:
+            store_sql.write(connection, sql, form or "table", file)
+    else:
+        store_sql.write(connection, sql, form or "table", sys.stdout)
+
+
+def _refuse_contradictions(sql: str | None, form: str | None, output: Path | None, interactive: bool) -> None:
+    """Options that would be passed over in silence."""
+    if interactive and sql is not None:
+        raise InputError(
+            "one of the two", where="--interactive, --sql", next="Type the query at the prompt, or leave --interactive out."
+        )
+    if interactive and (output is not None or form == "parquet"):
+        raise InputError("belongs to --sql", where="--output" if output is not None else "--format parquet")
+    if sql is None and not interactive and (form is not None or output is not None):
+        raise InputError(
+            "belongs to --sql", where="--format" if form is not None else "--output", next="Without it inspect shows a summary."
+        )
+    if form == "parquet" and output is None:
+        raise InputError("needs a file", where="--format parquet", next="Add --output answer.parquet.")

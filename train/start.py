@@ -1,0 +1,86 @@
+"""`cli.py train` before its ranks: complete the options, refuse what can be refused without a model, start one process per GPU."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import launch
+from presets import PRESETS, Preset
+from quiet import quiet_libraries
+from stop import STOP_TRAINING, Stopped, listening
+from store.reader import open_store
+from train import hub, record
+from train.checkpoint import last_checkpoint
+from train.config import TrainConfig, default_beta
+from train.plan import plan, refuse_folder, refuse_other_course
+
+OF_PRESET = (
+    "loss_type",
+    "beta",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_checkpointing",
+)
+
+
+def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None) -> TrainConfig:
+    """The run's config: what was given, completed by the preset of the store; `preset` where the store is yet to be made."""
+    given, ref_store = dict(given), given["ref_store"]
+    if preset is None:
+        preset = PRESETS.get(open_store(ref_store, check="none").manifest.preset) or Preset
+    if given["beta"] is None and given["loss_type"] not in ((), (preset.loss_type,)):
+        given["beta"] = default_beta(given["loss_type"])
+    for name in OF_PRESET:
+        if given[name] is None or given[name] == ():
+            given[name] = getattr(preset, name)
+    if isinstance(given["loss_type"], str):
+        given["loss_type"] = (given["loss_type"],)
+    if given["effective_batch_size"] is None and given["gradient_accumulation_steps"] is None:
+        given["effective_batch_size"] = preset.effective_batch_size
+    if given["output_dir"] is None:
+        given["output_dir"] = Path("runs") / ref_store.resolve().name
+    if given["zero_config"] is None:
+        del given["zero_config"]
+    given["report_to"] = tuple(name for name in given["report_to"] if name != "none")
+    return TrainConfig(**given)
+
+
+def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool) -> None:
+    """Phase 2 with `num_processes` local ranks, or as the rank that a launcher made this."""
+    process = launch.launched()
+    if (config.resume or resume_or_start) and record.finished(config.output_dir) is not None:
+        refuse_other_course(config)
+        if process is None or process.rank == 0:
+            _end_finished(config)
+        return
+    if resume_or_start:
+        config = replace(config, resume=last_checkpoint(config.output_dir) is not None)
+    if process is None:
+        _start_ranks(config, launch.num_local_processes(num_processes, default_without_gpu=2))
+    with listening(STOP_TRAINING) as stop:
+        quiet_libraries()
+        from train.run import train
+
+        train(config, stop)
+
+
+def _start_ranks(config: TrainConfig, num_processes: int) -> None:
+    """Ends the process. What can be refused here need not cost the start of every rank."""
+    refuse_folder(config, plan(config, num_processes))
+    if config.push_to_hub:
+        hub.reach(config.hub_model_id)
+    code = launch.run_torchrun(num_processes)
+    # Told to stop at the very end, the ranks may have finished all the same.
+    sys.exit(0 if code == Stopped.exit_code and record.finished(config.output_dir) is not None else code)
+
+
+def _end_finished(config: TrainConfig) -> None:
+    """What is left to do for a run that is finished: at most its copy on the Hub."""
+    if not config.push_to_hub or hub.is_sent(record.finished(config.output_dir), config.hub_model_id):
+        print(f"{config.output_dir}: trained already, nothing to do")
+    else:
+        print(f"{config.output_dir}: trained already; pushed to {hub.send(config.output_dir, config.hub_model_id)}")
