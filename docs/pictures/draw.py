@@ -219,7 +219,7 @@ def pair() -> Drawing:
         204,
         "store",
         [
-            ("check.py, shard.py", ("ids, token log-probs, sums,", "counts -> part-00003.parquet,", "complete or not there")),
+            ("check.py, shard.py", ("ids, token log-probs, sums,", "counts -> part-00000.parquet,", "complete or not there")),
             ("seal.py", ("_manifest.json, written last:", "identity, sha256 of every", "shard, totals")),
             ("reader.py, derive.py", ("read by position; shorter", "max_length, LD-DPO sums", "without scoring again")),
         ],
