@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 import store.command
+from default_store import default_report
 from options import FILE, LOCAL_STORE, STORE_TO_READ, Argument, Option, StorePath, collected, options_of
 from parsing import Command
 from precompute.config import AnalyzeConfig, PrecomputeConfig, StoreConfig
@@ -357,9 +358,7 @@ def report_cmd(
     quiet_libraries()
     from precompute.decoder import decoder
 
-    page = report(
-        ref_store, output_dir or Path("runs") / "report" / ref_store.resolve().name, decoder(identity, tokenizer), compare
-    )
+    page = report(ref_store, output_dir or default_report(ref_store), decoder(identity, tokenizer), compare)
     click.echo(f"report: {page}")
 
 
@@ -384,7 +383,7 @@ def verify_cmd(
         from quiet import quiet_libraries
 
         quiet_libraries()
-        from precompute.scorer.model import config_sha256
+        from precompute.scorer.api import config_sha256
 
         config = config_sha256(model, revision)  # a wrong name is seen before every byte of the store is read
     with bar("verifying", "shards") as progress:

@@ -1,4 +1,5 @@
-"""Where the store of a dataset is kept if nobody says: store/NAME, and never the folder of another dataset's store."""
+"""Where results are kept if nobody says: a dataset's store in store/NAME, never in that of another dataset; what is made of a store in
+runs/NAME."""
 
 import glob
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 from presets import PRESETS, Preset
 from store.errors import InputError
 
-SHELF = Path("store")
+SHELF, RUNS = Path("store"), Path("runs")
 
 DATA_SUFFIXES = {".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".gz", ".zst", ".bz2"}
 
@@ -20,6 +21,21 @@ SAYS_NOTHING = re.compile(
 def default_store(several: tuple[str, ...], preset: Preset | None) -> Path:
     """store/NAME for one dataset, store/NAME+NAME for several."""
     return SHELF / "+".join(_name_of(dataset, preset or preset_of(dataset)) for dataset in several)
+
+
+def default_run(store: Path) -> Path:
+    """Of the model that is trained from it."""
+    return RUNS / store.resolve().name
+
+
+def default_report(store: Path) -> Path:
+    """Of its HTML page."""
+    return RUNS / "report" / store.resolve().name
+
+
+def default_histogram(dataset: str) -> Path:
+    """Of a dataset's lengths."""
+    return RUNS / "analyze" / f"{default_store((dataset,), preset_of(dataset)).name}.png"
 
 
 def _name_of(dataset: str, preset: Preset | None) -> str:

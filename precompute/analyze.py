@@ -25,7 +25,7 @@ from precompute.clock import Clock
 from precompute.config import AnalyzeConfig
 from precompute.dataset import load_rows
 from precompute.pairs import TokenizedRows, tokenize_rows
-from precompute.scorer.model import load_tokenizer
+from precompute.scorer.api import load_tokenizer
 from precompute.scorer.packing import common_prefix, plan
 from store.errors import InputError
 

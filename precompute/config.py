@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from default_store import default_store, preset_of, refuse_taken
+from default_store import default_histogram, default_store, preset_of, refuse_taken
 from options import FILE, FOLDER, Day, IntegerOrAuto, Option, Rate
 from precompute.scorer import AttentionKernel, Layout
 from presets import PRESETS, Preset
@@ -210,7 +210,7 @@ class AnalyzeConfig(Source):
         given["split"] = given["split"] or (preset.split if preset else "train")
         max_lengths = {*MAX_LENGTHS, *given["max_lengths"], *([preset.max_length] if preset else [])}
         given |= {"max_lengths": tuple(sorted(max_lengths)), "dataset": preset.dataset if preset else dataset}
-        given["png"] = given["png"] or Path("runs") / "analyze" / f"{default_store((dataset,), preset_of(dataset)).name}.png"
+        given["png"] = given["png"] or default_histogram(dataset)
         return cls(name=dataset, **given)
 
 

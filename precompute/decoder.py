@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from precompute.scorer.model import load_tokenizer, tokenizer_sha256
+from precompute.scorer.api import load_tokenizer, tokenizer_sha256
 from store.errors import InputError
 from store.manifest import Identity
 

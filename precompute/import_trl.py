@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 
 from precompute.config import PrecomputeConfig
 from precompute.pairs import Pair, tokenize_rows
+from precompute.scorer.api import TOLERANCE, score, self_test
 from precompute.scorer.packing import Sequence
-from precompute.scorer.rescore import TOLERANCE
-from precompute.scorer.scoring import score
-from precompute.scorer.self_test import self_test
 from precompute.shard import shard_of
 from precompute.worker import load_inputs
 from store.errors import InputError

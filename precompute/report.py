@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from store.manifest import Manifest, manifest_path
-from store.schema import COUNTS, SUMS_ONLY, SUMS_ONLY_NOTE
+from store.schema import COUNTS, SUMS_ONLY_NOTE
 
 EXAMPLES_SHOWN = 3
 
@@ -15,7 +15,7 @@ def describe(manifest: Manifest, store: Path) -> str:
         f"{store} is sealed: {manifest.num_pairs:,} pairs of {manifest.identity.num_rows:,} rows in {len(manifest.shards)} shards"
         + (f", {speed:,.0f} tokens/s per worker" if speed else "")
     ]
-    if manifest.identity.scorer_version == SUMS_ONLY:
+    if manifest.identity.sums_only:
         lines.append(f"  {SUMS_ONLY_NOTE}")
     for name, count in sorted(manifest.counts.items()):
         lines.append(f"  {count:,} rows: {COUNTS[name]}")

@@ -4,13 +4,9 @@ from pathlib import Path
 
 import devices
 from precompute.scorer import Layout
-from precompute.scorer.attention import refuse_without_kernels
-from precompute.scorer.model import load_model, weights_sha256
-from precompute.scorer.rescore import TOLERANCE, rescore
-from precompute.scorer.self_test import self_test
+from precompute.scorer.api import TOLERANCE, load_model, refuse_without_kernels, rescore, self_test, weights_sha256
 from store.errors import StoreError
 from store.reader import open_store
-from store.schema import SUMS_ONLY
 
 
 def verify_model(
@@ -31,7 +27,7 @@ def verify_model(
     others = [what for what, now, stored in checked if now != stored]
     print(self_test(loaded, identity.dtype, layout=layout))
     result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
-    of = "completion's mean" if identity.scorer_version == SUMS_ONLY else "token"
+    of = "completion's mean" if identity.sums_only else "token"
     print(
         f"{result.num_pairs} pairs ({result.num_tokens:,} tokens) scored again in other batches, {layout}: |difference| per {of} "
         f"mean {result.mean_token_difference:.2e}, max {result.max_token_difference:.2e} nats; per sum max {result.max_sum_difference:.2e} nats"

@@ -31,23 +31,26 @@ from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, say_where_it_goes_on
 from precompute.reuse import Known
-from precompute.scorer import kernels
-from precompute.scorer.attention import named_kernel, use_kernel
-from precompute.scorer.budget import largest_budget
-from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory
-from precompute.scorer.model import (
+from precompute.scorer.api import (
+    SCORER_VERSION,
     attention_notice,
     chat_template_sha256,
     config_sha256,
+    give_back_freed_memory,
+    keep_freed_memory,
+    largest_budget,
+    library,
     load_model,
     load_tokenizer,
+    named_kernel,
+    refuse_dynamic,
+    score_batches,
+    self_test,
     tokenizer_sha256,
+    use_kernel,
     versions,
     weights_sha256,
 )
-from precompute.scorer.rope import refuse_dynamic
-from precompute.scorer.scoring import SCORER_VERSION, score_batches
-from precompute.scorer.self_test import self_test
 from precompute.sealed import checkpoint_stamp, is_complete, weights_known
 from precompute.shard import shard_of
 from stop import StopRequest, listening
@@ -186,7 +189,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
     given_up = Event()
     with ThreadPoolExecutor(3) as background, _set_at_the_end(given_up):
         needed = where.type == "cpu" and config.layout == "packed" and known_weights is None
-        compiled = background.submit(kernels.library) if needed else None  # takes a second where it is the first time
+        compiled = background.submit(library) if needed else None  # takes a second where it is the first time
         rows, parts = _load_all(config)
         fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads
         tokenizer = load_tokenizer(

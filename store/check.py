@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from store.manifest import Identity, ShardReport
-from store.schema import SUMS_ONLY, TOKEN_LOGPS, schema_of
+from store.schema import TOKEN_LOGPS, schema_of
 
 SUM_TOLERANCE = 1e-9
 """Difference allowed between a stored sum and the float64 sum of its token values, relative to the sum of their sizes (absolute
@@ -20,7 +20,7 @@ def problems(table: pa.Table, identity: Identity, report: ShardReport) -> list[s
         return [_schema_problem(table.schema, expected)]
     table = table.combine_chunks()
     # Versions before this one filled an imported store with means; readers pass those off as unknown too.
-    unknown = identity.scorer_version == SUMS_ONLY and all(_all_unknown(_column(table, name)) for name in TOKEN_LOGPS)
+    unknown = identity.sums_only and all(_all_unknown(_column(table, name)) for name in TOKEN_LOGPS)
     checked = [name for name in table.column_names if not (unknown and name in TOKEN_LOGPS)]
     found = [f"column {name}: has nulls" for name in checked if _has_nulls(_column(table, name))]
     if found:

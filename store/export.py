@@ -22,7 +22,7 @@ import pyarrow as pa
 from store.disk import refusal
 from store.errors import InputError
 from store.reader import Store, open_store
-from store.schema import SUMS_ONLY, SUMS_ONLY_NOTE, schema_of
+from store.schema import SUMS_ONLY_NOTE, schema_of
 
 FORMATS = ("trl", "open-instruct", "megatron-bridge", "jsonl")
 
@@ -130,7 +130,7 @@ def _jsonl(store: Store, folder: Path, progress) -> list[str]:
             file.writelines(json.dumps(pair, ensure_ascii=False, allow_nan=False) + "\n" for pair in table.to_pylist())
     (folder / "manifest.json").write_bytes(store.manifest.to_bytes())
     notes = [f"{store.num_pairs:,} lines with the columns of docs/store-format.md; manifest.json says what made them"]
-    return notes + ([f"the store was {SUMS_ONLY_NOTE}"] if store.identity.scorer_version == SUMS_ONLY else [])
+    return notes + ([f"the store was {SUMS_ONLY_NOTE}"] if store.identity.sums_only else [])
 
 
 def _trl(store: Store, folder: Path, progress) -> list[str]:

@@ -95,6 +95,11 @@ class Identity:
         return self.dataset
 
     @property
+    def sums_only(self) -> bool:
+        """Is this an imported store, whose token log-probs are not known?"""
+        return self.scorer_version == SUMS_ONLY
+
+    @property
     def num_shards(self) -> int:
         return -(-self.num_rows // self.shard_size)
 
@@ -437,15 +442,21 @@ assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"
 
 
 def _shown(name: str, identity: Identity, command: Command | None) -> str:
-    """A field and its value as a person wants it: a short hash, and the name behind it."""
+    """A field with its value, and with what a command says of it."""
     if name == "limit":
         return f"limit {command.limit or 'none'} ({identity.num_rows:,} rows)"
     if name == "columns":
         return f"columns {command.columns or 'as they are'}"
-    value = getattr(identity, name)
-    text = f"{name} {value[:12] if name.endswith(('sha256', 'fingerprint')) else value}"
+    text = f"{name} {shown(name, identity)}"
     if name == "chat_template_sha256" and command is not None:
         return f"{text} ({command.chat_template or f'that of {identity.tokenizer}'})"
+    return text
+
+
+def shown(name: str, identity: Identity) -> str:
+    """The value of a field as a person reads it: the beginning of a hash, and the name behind it."""
+    value = getattr(identity, name)
+    text = str(value)[:12] if name.endswith(("sha256", "fingerprint")) else str(value)
     if name not in _NAMED_BY:
         return text
     label, revision = _NAMED_BY[name]
@@ -454,8 +465,8 @@ def _shown(name: str, identity: Identity, command: Command | None) -> str:
 
 
 def _remedy(stored: Identity, now: Identity, names: list[str], then: Command | None) -> str:
-    if SUMS_ONLY in (stored.scorer_version, now.scorer_version) and "scorer_version" in names:
-        way = "there TRL's sums were imported, here" if stored.scorer_version == SUMS_ONLY else "there every token was scored, here"
+    if stored.sums_only != now.sums_only:
+        way = "there TRL's sums were imported, here" if stored.sums_only else "there every token was scored, here"
         return f"Not the same kind: {way} it is the other way round. Choose another --ref-store."
     if names == ["scorer_version"]:
         return "Another version of refdpo wrote it: use that version, or make a new store with another --ref-store."

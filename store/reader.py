@@ -22,7 +22,7 @@ from store.errors import StoreError
 from store.folder import missing_shards, refuse_non_store, stored_identity
 from store.integrity import Check, advice, damage
 from store.manifest import Identity, Manifest, manifest_path
-from store.schema import DATASET, SCHEMA, SUMS_ONLY, schema_of, without_token_logps
+from store.schema import DATASET, SCHEMA, schema_of, without_token_logps
 from store.seal import unsealed
 from store.shard import in_stretches
 
@@ -151,7 +151,7 @@ class Store:
 
     def _known(self, table: pa.Table) -> pa.Table:
         """Without the token log-probs that earlier versions made up for imported stores."""
-        return without_token_logps(table) if self.identity.scorer_version == SUMS_ONLY else table
+        return without_token_logps(table) if self.identity.sums_only else table
 
     def _path_of(self, shard: int) -> Path:
         return self.path / self.manifest.shards[shard].name

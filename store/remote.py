@@ -22,7 +22,7 @@ from store.errors import InputError, StoreError
 from store.folder import prepare_store
 from store.manifest import FORMER_MANIFEST, MANIFEST, Identity, Manifest, ShardFile, check_same, manifest_path
 from store.reader import open_store
-from store.schema import SUMS_ONLY, SUMS_ONLY_NOTE
+from store.schema import SUMS_ONLY_NOTE
 from store.seal import sha256_of
 
 Progress = Callable[[int, int], None]
@@ -282,7 +282,7 @@ def card(manifest: Manifest, name: str) -> str:
     rows = "\n".join(f"| `{field}` | `{value}` |" for field, value in identity.to_json().items())
     unscorable = f", {len(manifest.unscorable):,} without a pair (listed in _manifest.json)" if manifest.unscorable else ""
     parts = "`chosen_token_logps` and `rejected_token_logps` are their parts."
-    if identity.scorer_version == SUMS_ONLY:
+    if identity.sums_only:
         parts = f"This store was {SUMS_ONLY_NOTE}."
     return f"""---
 tags:

@@ -17,7 +17,9 @@ from store.disk import refusal
 from store.errors import InputError
 from store.manifest import NAMES, Identity
 from store.reader import Store, open_store
-from store.schema import COUNTS, SUMS_ONLY, SUMS_ONLY_NOTE
+from store.report_page import render
+from store.report_pictures import compared, pictures
+from store.schema import COUNTS, SUMS_ONLY_NOTE
 
 TOKENS_SAMPLED = 2048
 """Pairs whose per-token values are looked at, in blocks of one row group, evenly spaced: all tokens of a large store are
@@ -51,16 +53,6 @@ select count(*) as num_pairs,
     quantile_disc(num_chosen_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as chosen,
     quantile_disc(num_rejected_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as rejected
 from pairs
-"""
-
-BY_POSITION = """
-with scored as (
-    select side, unnest(range(len(logps))) as position, unnest(logps) as logp from (
-        select 'chosen' as side, chosen_token_logps as logps from sampled
-        union all select 'rejected', rejected_token_logps from sampled))
-select side, floor(4 * log2(position + 1)) as step, min(position) + 1 as first, avg(logp) as mean,
-    quantile_cont(logp, 0.1) as low, count(*) as num_tokens
-from scored group by side, step having count(*) >= 10 order by side, step
 """
 
 JOINED = """
@@ -127,14 +119,11 @@ def report(path: Path, folder: Path, decode: Decode | None = None, other: Path |
 
     InputError for stores without a common pair, StoreError for one that is unsealed or damaged or a folder that cannot be written.
     """
-    from store.report_page import render
-    from store.report_pictures import compared, pictures
-
     store = open_store(path)
     other_store = open_store(other) if other is not None else None
     connection = _connect(store)
     facts = Facts(store, _one(connection, SUMMARY), (), {})
-    note = SUMS_ONLY_NOTE if store.identity.scorer_version == SUMS_ONLY else None
+    note = SUMS_ONLY_NOTE if store.identity.sums_only else None
     comparison = None
     if store.num_pairs:
         facts = Facts(

@@ -5,9 +5,17 @@ import io
 import duckdb
 import numpy as np
 
-from store.report import BY_POSITION
-
 CHOSEN, REJECTED, NEUTRAL = "#2e7d4f", "#b5482f", "#3d7ea6"
+
+BY_POSITION = """
+with scored as (
+    select side, unnest(range(len(logps))) as position, unnest(logps) as logp from (
+        select 'chosen' as side, chosen_token_logps as logps from sampled
+        union all select 'rejected', rejected_token_logps from sampled))
+select side, floor(4 * log2(position + 1)) as step, min(position) + 1 as first, avg(logp) as mean,
+    quantile_cont(logp, 0.1) as low, count(*) as num_tokens
+from scored group by side, step having count(*) >= 10 order by side, step
+"""
 
 
 def pictures(connection: duckdb.DuckDBPyConnection, max_length: int, tokens_known: bool) -> dict[str, bytes]:

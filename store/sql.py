@@ -32,7 +32,7 @@ from store.errors import InputError
 from store.folder import refuse_non_store, stored_identity
 from store.manifest import manifest_path
 from store.reader import open_store
-from store.schema import DATASET, SCHEMA, SUMS_ONLY, schema_of
+from store.schema import DATASET, SCHEMA, schema_of
 from store.shard import finished_shards, part_name
 
 Format = Literal["table", "csv", "json"]
@@ -100,8 +100,8 @@ def connect(path: Path, threads: int | None = None) -> duckdb.DuckDBPyConnection
 
 
 def sums_only(path: Path) -> bool:
-    """Is this an imported store, whose token log-probs are not known?"""
-    return stored_identity(Path(path)).scorer_version == SUMS_ONLY
+    """Of the store at `path`: Identity.sums_only."""
+    return stored_identity(Path(path)).sums_only
 
 
 def readable_shards(path: Path) -> list[Path]:

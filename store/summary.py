@@ -11,7 +11,7 @@ from store.command import cli
 from store.errors import StoreError
 from store.folder import missing_shards, stored_command, stored_identity
 from store.manifest import MANIFEST, Identity, Manifest, Totals, manifest_path, rerun, totals_of
-from store.schema import SUMS_ONLY, SUMS_ONLY_NOTE
+from store.schema import SUMS_ONLY_NOTE
 from store.shard import read_footer
 from store.sql import connect, readable_shards
 
@@ -81,8 +81,8 @@ def _identity_lines(identity: Identity) -> list[str]:
         + (f"  split {identity.split}" if identity.split else ""),
         f"{'scored':11}{identity.dtype}, max length {identity.max_length:,} ({identity.truncation})"
         + f", {identity.shard_size:,} rows per shard, "
-        + ("by TRL" if identity.scorer_version == SUMS_ONLY else f"scorer {identity.scorer_version}"),
-        *([f"{'':11}{SUMS_ONLY_NOTE}"] if identity.scorer_version == SUMS_ONLY else []),
+        + ("by TRL" if identity.sums_only else f"scorer {identity.scorer_version}"),
+        *([f"{'':11}{SUMS_ONLY_NOTE}"] if identity.sums_only else []),
     ]
 
 

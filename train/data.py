@@ -17,7 +17,6 @@ import pyarrow as pa
 from store.derive import derive, fits
 from store.errors import InputError
 from store.reader import TOKEN_COUNTS, Store
-from store.schema import SUMS_ONLY
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +94,7 @@ def fitting(store: Store, max_length: int, ld_alpha: float | None = None, positi
             found=max_length,
             next="Lower --max-length, or make a store with a longer one.",
         )
-    if store.identity.scorer_version == SUMS_ONLY and (max_length < store.identity.max_length or ld_alpha is not None):
+    if store.identity.sums_only and (max_length < store.identity.max_length or ld_alpha is not None):
         raise InputError(
             "the store was imported and has sums only, no token values",
             where=f"{store.path}, {'--ld-alpha' if ld_alpha is not None else '--max-length'}",

@@ -6,7 +6,7 @@ a store whose numbers are not what its identity claims.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isnan
 from typing import TypeVar
 
@@ -14,13 +14,20 @@ import torch
 import torch.distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from precompute.scorer.model import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
-from precompute.scorer.rescore import TOLERANCE, Rescored, rescore
+from precompute.scorer.api import (
+    TOLERANCE,
+    Rescored,
+    chat_template_sha256,
+    config_sha256,
+    rescore,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from store.command import cli
 from store.errors import InputError, StoreError
-from store.manifest import Identity
+from store.manifest import Identity, shown
 from store.reader import Store
-from train.plan import COMPARED, shown
+from train.plan import COMPARED
 
 T = TypeVar("T")
 
@@ -139,17 +146,12 @@ def _differences(
     }
     if dtype == identity.dtype:  # weights hash as loaded: in another dtype they say nothing
         now["weights_sha256"] = weights_sha256(model)
-    name = f"{policy}@{revision}" if revision else policy
-    names = {"weights_sha256": name, "config_sha256": name, "tokenizer_sha256": tokenizer.name_or_path}
+    of_policy = replace(identity, model=policy, revision=revision, tokenizer=tokenizer.name_or_path, **now)
     return tuple(
-        Difference(field, shown(field, identity), _short(now[field]) + (f" ({names[field]})" if field in names else ""))
+        Difference(field, shown(field, identity), shown(field, of_policy))
         for field in COMPARED
-        if field in now and now[field] != getattr(identity, field)
+        if getattr(of_policy, field) != getattr(identity, field)
     )
-
-
-def _short(value: str) -> str:
-    return value[:12]
 
 
 def _farthest_off(of_ranks: list[Rescored | None]) -> Rescored | None:

@@ -14,12 +14,17 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from precompute.scorer.attention import NAME, packed_outputs, refuse_unpackable, set_attention
-from precompute.scorer.cpu import use_fast_linears
-from precompute.scorer.head import head_of
-from precompute.scorer.norms import use_fused_norms
+from precompute.scorer.api import (
+    NAME,
+    head_of,
+    packed_outputs,
+    refuse_unpackable,
+    set_attention,
+    together,
+    use_fast_linears,
+    use_fused_norms,
+)
 from precompute.scorer.packing import Sequence, pack
-from precompute.scorer.rope import together
 from store.errors import InputError
 
 VOCABULARY_TILE = {"cpu": 2048, "cuda": 32768}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from store.errors import InputError, StoreError
-from store.manifest import Identity
+from store.manifest import Identity, shown
 from store.reader import Store, open_store
 from store.select import Selection, select
 from train import record
@@ -146,10 +146,3 @@ def compare_stores(eval_store: Store, store: Store) -> None:
             found="; ".join(shown(name, of_eval) for name in differing),
             next=f"Make the eval store with --model {of_train.model} --dtype {of_train.dtype} and the same tokenizer and template.{as_loaded}",
         )
-
-
-def shown(field: str, identity: Identity) -> str:
-    """A field of COMPARED as a person reads it: the hash's beginning, and whose it is."""
-    model = f"{identity.model}@{identity.revision}" if identity.revision else identity.model
-    names = {"weights_sha256": model, "config_sha256": model, "tokenizer_sha256": identity.tokenizer}
-    return getattr(identity, field)[:12] + (f" ({names[field]})" if field in names else "")

@@ -28,9 +28,15 @@ from trl import DPOConfig
 
 import devices
 from launch import Process, launched
-from precompute.scorer.attention import named_kernel, use_kernel
-from precompute.scorer.model import attention_notice, load_model, load_tokenizer
-from precompute.scorer.rope import refuse_dynamic, refuse_mixed
+from precompute.scorer.api import (
+    attention_notice,
+    load_model,
+    load_tokenizer,
+    named_kernel,
+    refuse_dynamic,
+    refuse_mixed,
+    use_kernel,
+)
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
 from store.errors import InputError

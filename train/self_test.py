@@ -11,15 +11,21 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from precompute.scorer.attention import packed_attention
-from precompute.scorer.cpu import use_fast_linears
-from precompute.scorer.head import head_of
-from precompute.scorer.norms import fused_norms
+from precompute.scorer import Layout
+from precompute.scorer.api import (
+    SelfTest,
+    alone_logps,
+    attempt,
+    compare,
+    fused_norms,
+    head_of,
+    made_up,
+    packed_attention,
+    together,
+    twin_of,
+    use_fast_linears,
+)
 from precompute.scorer.packing import Sequence
-from precompute.scorer.rope import together
-from precompute.scorer.scoring import Layout
-from precompute.scorer.self_test import SelfTest, alone_logps, attempt, compare, made_up
-from precompute.scorer.twin import twin_of
 from store.errors import InputError
 from train.packed import packed_forward, refuse_unpackable_policy
 

@@ -2,10 +2,10 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import launch
+from default_store import default_run
 from presets import PRESETS, Preset
 from quiet import quiet_libraries
 from stop import STOP_TRAINING, Stopped, listening
@@ -42,7 +42,7 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
     if given["effective_batch_size"] is None and given["gradient_accumulation_steps"] is None:
         given["effective_batch_size"] = preset.effective_batch_size
     if given["output_dir"] is None:
-        given["output_dir"] = Path("runs") / ref_store.resolve().name
+        given["output_dir"] = default_run(ref_store)
     if given["zero_config"] is None:
         del given["zero_config"]
     given["report_to"] = tuple(name for name in given["report_to"] if name != "none")

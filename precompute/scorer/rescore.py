@@ -10,7 +10,6 @@ from precompute.scorer.packing import Sequence
 from precompute.scorer.scoring import score
 from store.errors import InputError
 from store.reader import Store
-from store.schema import SUMS_ONLY
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 """Largest mean over tokens of |now - stored|, nats. The mean, because single tokens are noisy: bfloat16 moves one by 0.3.
@@ -62,7 +61,7 @@ def rescore(
             sums.append(pair[f"ref_{side}_logps"])
     _refuse_other_kind(model, sequences, store)
     now = score(model, sequences, layout=layout, tokens_per_batch=tokens_per_batch)
-    if store.identity.scorer_version == SUMS_ONLY:  # only a completion's mean can be compared
+    if store.identity.sums_only:  # only a completion's mean can be compared
         differences = [np.abs([new.mean(dtype=np.float64) - old / len(new)]) for new, old in zip(now, sums, strict=True)]
     else:
         differences = [np.abs(new.astype(np.float64) - old) for new, old in zip(now, stored, strict=True)]

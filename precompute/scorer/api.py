@@ -1,0 +1,35 @@
+"""The face of this room: all that both phases use of it. What stands behind is imported here and nowhere else outside.
+
+Needs torch; packing.py, which needs numpy alone, is the other half of the face.
+"""
+
+from precompute.scorer.attention import (
+    NAME,
+    named_kernel,
+    packed_attention,
+    packed_outputs,
+    refuse_unpackable,
+    refuse_without_kernels,
+    set_attention,
+    use_kernel,
+)
+from precompute.scorer.budget import largest_budget
+from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory, use_fast_linears
+from precompute.scorer.head import head_of
+from precompute.scorer.kernels import library
+from precompute.scorer.model import (
+    attention_notice,
+    chat_template_sha256,
+    config_sha256,
+    load_model,
+    load_tokenizer,
+    tokenizer_sha256,
+    versions,
+    weights_sha256,
+)
+from precompute.scorer.norms import fused_norms, use_fused_norms
+from precompute.scorer.rescore import TOLERANCE, Rescored, rescore
+from precompute.scorer.rope import refuse_dynamic, refuse_mixed, together
+from precompute.scorer.scoring import SCORER_VERSION, score, score_batches
+from precompute.scorer.self_test import SelfTest, alone_logps, attempt, compare, made_up, self_test
+from precompute.scorer.twin import twin_of
