@@ -53,6 +53,8 @@ EXAMPLES = {
 
       python cli.py inspect --ref-store store/demo --sql "select row, ref_chosen_logps - ref_rejected_logps as margin from pairs order by margin limit 5"
 
+      python cli.py inspect --ref-store store/demo --sql "select row, side, token, logp from tokens order by logp limit 10"
+
       python cli.py inspect --ref-store store/demo --sql "from tokens" --format parquet --output runs/tokens.parquet
     """,
     "export": """
@@ -231,7 +233,7 @@ def inspect_cmd(
     sql: Annotated[
         str | None,
         Option(
-            "A query over the views pairs, completions (one row per side) and tokens (one row per scored token); several separated by ;"
+            "A query over the views pairs, completions (one row per side), tokens (one per scored token) and texts (decoded); several separated by ;"
         ),
     ] = None,
     form: Annotated[
@@ -240,11 +242,18 @@ def inspect_cmd(
     ] = None,
     output: Annotated[Path | None, Option("New file for the answer; --format parquet needs one.")] = None,
     interactive: Annotated[bool, Option("A SQL prompt.", flags=("--interactive", "-i"))] = False,
+    tokenizer: Annotated[
+        str | None,
+        Option("Folder or hub id, for queries that ask for text.", default="the one the store was made with"),
+    ] = None,
 ) -> None:
     """Look at a store with SQL. Without --sql: a one-screen summary."""
+    from precompute.scorer import lazy_decoder
     from store.inspect import inspect
 
-    inspect(ref_store, sql, form, output, interactive)
+    if tokenizer is not None and sql is None and not interactive:
+        raise InputError("belongs to --sql", where="--tokenizer", next="Without it inspect shows a summary.")
+    inspect(ref_store, sql, form, output, interactive, lazy_decoder(ref_store, tokenizer))
 
 
 @command("export")
@@ -356,9 +365,9 @@ def report_cmd(
     from quiet import quiet_libraries
 
     quiet_libraries()
-    from precompute.decoder import decoder
+    from precompute.scorer import decoder_of
 
-    page = report(ref_store, output_dir or default_report(ref_store), decoder(identity, tokenizer), compare)
+    page = report(ref_store, output_dir or default_report(ref_store), decoder_of(identity, tokenizer), compare)
     click.echo(f"report: {page}")
 
 

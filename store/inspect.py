@@ -7,14 +7,18 @@ from store import sql as store_sql
 from store.errors import InputError
 from store.schema import SUMS_ONLY_NOTE
 from store.summary import summary
+from store.text import Decode
 
 
-def inspect(ref_store: Path, sql: str | None, form: str | None, output: Path | None, interactive: bool) -> None:
-    """Print it, or write it to `output`. `form`: table (None) | csv | json | parquet. InputError for options that contradict each other."""
+def inspect(
+    ref_store: Path, sql: str | None, form: str | None, output: Path | None, interactive: bool, decode: Decode | None = None
+) -> None:
+    """Print it, or write it to `output`. `form`: table (None) | csv | json | parquet. `decode`: for texts, where a query asks for them.
+    InputError for options that contradict each other."""
     _refuse_contradictions(sql, form, output, interactive)
     if sql is None and not interactive:
         return print(summary(ref_store))
-    connection = store_sql.connect(ref_store)
+    connection = store_sql.connect(ref_store, decode=decode)
     if store_sql.sums_only(ref_store):
         print(f"{ref_store} was {SUMS_ONLY_NOTE}", file=sys.stderr)
     if interactive:

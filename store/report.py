@@ -3,11 +3,13 @@
     runs/report/think/index.html, lengths.png, margins.png, …
 
 The questions are SQL over the store's columns. Text to read is decoded by a function the caller brings: a store holds ids, no
-tokenizer.
+tokenizer. Each token of it is shaded by its log-prob, or by how far the other store's is from it.
 """
 
 import base64
-from collections.abc import Callable
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from store.reader import Store, open_store
 from store.report_page import render
 from store.report_pictures import compared, pictures
 from store.schema import COUNTS, SUMS_ONLY_NOTE
+from store.text import Decode, pieces
 
 TOKENS_SAMPLED = 2048
 """Pairs whose per-token values are looked at, in blocks of one row group, evenly spaced: all tokens of a large store are
@@ -59,7 +62,7 @@ JOINED = """
 create table joined as
 with mine as (select * from pairs qualify row_number() over (partition by pair_id order by row) = 1),
     others as (select * from other_pairs qualify row_number() over (partition by pair_id order by row) = 1)
-select pair_id, mine.row as row, mine.margin as margin, others.margin as other_margin,
+select pair_id, mine.row as row, others.row as other_row, mine.margin as margin, others.margin as other_margin,
     mine.mean_margin as mean_margin, others.mean_margin as other_mean_margin,
     others.ref_chosen_logps - mine.ref_chosen_logps as chosen_difference,
     others.ref_rejected_logps - mine.ref_rejected_logps as rejected_difference,
@@ -80,7 +83,22 @@ select count(*) as both, (select count(distinct pair_id) from pairs) - count(*) 
 from joined
 """
 
-Decode = Callable[[list[int]], str]
+LOGP_STEPS = (math.log(0.5), math.log(0.1), math.log(0.01), math.log(0.001))
+"""A token below one of these, in nats, is a shade darker: probabilities of a half, a tenth, a hundredth, a thousandth."""
+
+CHANGE_STEPS = (0.25, 0.5, 1.0, 2.0)
+"""The same for |difference| in nats. The first is above what rounding in bfloat16 moves most tokens by."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token to read; several where they make one character."""
+
+    text: str
+    shade: str
+    """Class in the page: "" or l1 … l4 by log-prob; u1 … u4 (higher there), d1 … d4 (lower there) by difference."""
+    title: str
+    """Its numbers."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,9 @@ class Extreme:
 
     title: str
     pairs: tuple[dict, ...]
-    """pair_id, row, value, and the texts prompt, chosen, rejected."""
+    """pair_id, row, value, the text `prompt`, and of chosen and rejected: the Pieces, and what was left out at the end."""
+    by_difference: bool = False
+    """Shades say how far the other store's log-probs are from these."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +156,15 @@ def report(path: Path, folder: Path, decode: Decode | None = None, other: Path |
         comparison = _compare(connection, store, other_store, decode)
         facts.pictures.update(compared(connection))
     embedded = {name: base64.b64encode(png).decode() for name, png in facts.pictures.items()}
-    page = render(facts=facts, comparison=comparison, pictures=embedded, counts=COUNTS, decoded=decode is not None, sums_only=note)
+    page = render(
+        facts=facts,
+        comparison=comparison,
+        pictures=embedded,
+        counts=COUNTS,
+        decoded=decode is not None,
+        sums_only=note,
+        change_steps=CHANGE_STEPS,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in facts.pictures.items():
@@ -193,10 +221,11 @@ def _extremes(connection: duckdb.DuckDBPyConnection, store: Store, decode: Decod
     )
 
 
-def _read(connection: duckdb.DuckDBPyConnection, store: Store, decode: Decode | None, sql: str) -> tuple[dict, ...]:
-    """The pairs that `sql` names (row, value, …), with their texts."""
+def _read(
+    connection: duckdb.DuckDBPyConnection, store: Store, decode: Decode | None, sql: str, other: Store | None = None
+) -> tuple[dict, ...]:
+    """The pairs that `sql` names (row, value, …), with their texts; of `other` (and other_row), what its tokens have."""
     found = _all(connection, sql)
-    position = {row: index for index, row in enumerate(store.columns(["row"])["row"].to_pylist())}
     names = [
         "pair_id",
         "prompt_ids",
@@ -206,21 +235,72 @@ def _read(connection: duckdb.DuckDBPyConnection, store: Store, decode: Decode | 
         "num_rejected_tokens",
         "ref_chosen_logps",
         "ref_rejected_logps",
+        "chosen_token_logps",
+        "rejected_token_logps",
     ]
-    pairs = store.read([position[each["row"]] for each in found], names).to_pylist()
-    texts = [
-        {name: _text(pair[f"{name}_ids"], decode, keep_end=name == "prompt") for name in ("prompt", "chosen", "rejected")}
-        for pair in pairs
-    ]
-    return tuple(each | pair | text for each, pair, text in zip(found, pairs, texts, strict=True))
+    pairs = _pairs_of_rows(store, [each["row"] for each in found], names)
+    others = [None] * len(pairs) if other is None else _pairs_of_rows(other, [each["other_row"] for each in found], names)
+    return tuple(
+        each
+        | pair
+        | {"prompt": _end(decode(pair["prompt_ids"]) if decode is not None else " ".join(map(str, pair["prompt_ids"])))}
+        | {side: _completion(pair, side, decode, there) for side in ("chosen", "rejected")}
+        for each, pair, there in zip(found, pairs, others, strict=True)
+    )
 
 
-def _text(ids: list[int], decode: Decode | None, keep_end: bool) -> str:
-    """What the ids say, shortened; of a prompt the end matters most."""
-    text = decode(ids) if decode is not None else " ".join(map(str, ids))
-    if len(text) <= SHOWN:
-        return text
-    return "… " + text[-SHOWN:] if keep_end else text[:SHOWN] + " …"
+def _pairs_of_rows(store: Store, rows: list[int], names: list[str]) -> list[dict]:
+    position = {row: index for index, row in enumerate(store.columns(["row"])["row"].to_pylist())}
+    return store.read([position[row] for row in rows], names).to_pylist()
+
+
+def _end(text: str) -> str:
+    """Of a prompt the end matters most."""
+    return text if len(text) <= SHOWN else "… " + text[-SHOWN:]
+
+
+def _completion(pair: dict, side: str, decode: Decode | None, there: dict | None) -> dict:
+    """{pieces, more}: the beginning of a completion, and what is said of the rest. `there`: the same pair in the other store."""
+    ids, logps = pair[f"{side}_ids"], pair[f"{side}_token_logps"]
+    same = there is not None and there["prompt_ids"] == pair["prompt_ids"] and _agree(there[f"{side}_ids"], ids)
+    others = there[f"{side}_token_logps"] if same else []
+    if decode is not None:
+        found = pieces(ids, decode, pair["prompt_ids"])
+    else:
+        found = ((1, f"{id_} ") for id_ in ids)
+    shown, first, length = [], 0, 0
+    for count, text in found:
+        if length + len(text) > SHOWN:
+            break
+        tokens = slice(first, first + count)
+        shown.append(Piece(text, *_shade(ids[tokens], logps[tokens], others[tokens] if there is not None else None)))
+        first, length = first + count, length + len(text)
+    more = f"… {len(ids) - first:,} more tokens" if first < len(ids) else ""
+    if there is not None and not same:
+        more += " (other tokens there: not compared)"
+    return {"pieces": shown, "more": more}
+
+
+def _agree(one: list[int], other: list[int]) -> bool:
+    """Whether they are the same tokens, as far as both go: one store may have been cut earlier."""
+    return all(a == b for a, b in zip(one, other, strict=False))
+
+
+def _shade(ids: list[int], logps: Sequence[float | None], others: Sequence[float | None] | None) -> tuple[str, str]:
+    """(class, title) of one piece; several tokens count together. `others`: what the other store has, None where none is compared with."""
+    tokens = "token " + " ".join(map(str, ids))
+    if any(logp is None for logp in logps):
+        return "", tokens
+    logp = sum(logps)
+    if others is None:
+        step = sum(logp < limit for limit in LOGP_STEPS)
+        return (f"l{step}" if step else ""), f"{tokens}: {logp:.3f}"
+    if len(others) < len(logps) or any(each is None for each in others):
+        return "", f"{tokens}: {logp:.3f} here"
+    change = sum(others) - logp
+    step = bisect_right(CHANGE_STEPS, abs(change))
+    shade = f"{'u' if change > 0 else 'd'}{step}" if step else ""
+    return shade, f"{tokens}: {logp:.3f} here, {sum(others):.3f} there, {change:+.3f}"
 
 
 def _compare(connection: duckdb.DuckDBPyConnection, store: Store, other: Store, decode: Decode | None) -> Comparison:
@@ -235,14 +315,13 @@ def _compare(connection: duckdb.DuckDBPyConnection, store: Store, other: Store, 
             expected="equal pair_ids: the same rows of the same dataset",
             found=f"{store.identity.dataset} and {other.identity.dataset}",
         )
-    changed = (
-        f"select row, other_margin - margin as value from joined order by abs(other_margin - margin) desc, row limit {EXTREMES}"
-    )
+    changed = f"""select row, other_row, other_margin - margin as value from joined
+        order by abs(other_margin - margin) desc, row limit {EXTREMES}"""
     return Comparison(
         other=other,
         summary=summary,
         identity=tuple(_identities(store.identity, other.identity)),
-        extremes=(Extreme("The margin changes most", _read(connection, store, decode, changed)),),
+        extremes=(Extreme("The margin changes most", _read(connection, store, decode, changed, other), by_difference=True),),
     )
 
 

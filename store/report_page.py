@@ -57,6 +57,13 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; backgro
 .figures, .sides { margin-top: .8rem; } th.text { text-align: left; }
 @media (max-width: 30rem) { table { font-size: .8rem; } td, th { padding-right: .5rem; } }
 .chosen { border-left: 4px solid #2e7d4f; } .rejected { border-left: 4px solid #b5482f; }
+pre i { font-style: normal; border-radius: 2px; } pre, .key i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+.key { font-size: .85rem; } .key i { font-style: normal; padding: .1rem .35rem; margin-right: .2rem; border-radius: 2px; }
+.l1 { background: #fff0c9; } .l2 { background: #fdd17f; } .l3 { background: #f0982f; } .l4 { background: #8c3d04; color: #fff; }
+.u1, .u2, .u3, .u4 { text-decoration: overline; } .d1, .d2, .d3, .d4 { text-decoration: underline; }
+.u1 { background: #dcebf7; } .u2 { background: #b0d2ee; } .u3 { background: #65a9dc; } .u4 { background: #0b4f8a; color: #fff; }
+.d1 { background: #fff0c9; } .d2 { background: #fdd17f; } .d3 { background: #f0982f; } .d4 { background: #8c3d04; color: #fff; }
+@media print { details { break-inside: avoid-page; } details::details-content { content-visibility: visible; } }
 </style>
 </head>
 <body>
@@ -71,7 +78,22 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; backgro
 {% endfor %}
 </table></div>
 {% endmacro %}
+{% macro completion(side) %}{% for piece in side.pieces %}<i{% if piece.shade %} class="{{ piece.shade }}"{% endif %} title="{{ piece.title }}">{{ piece.text }}</i>{% endfor %}
+{% if side.more %}<span class="mute"> {{ side.more }}</span>{% endif %}{% endmacro %}
+{% macro key(by_difference) %}
+{% if by_difference %}
+<p class="key">Each token by its change, there minus here, in nats.
+Lower there, underlined: {% for step in change_steps|reverse %}<i class="d{{ loop.revindex }}">-{{ step }}</i>{% endfor %}
+Higher there, overlined: {% for step in change_steps %}<i class="u{{ loop.index }}">+{{ step }}</i>{% endfor %}
+<span class="mute">Hold the pointer over a token for its numbers.</span></p>
+{% else %}
+<p class="key">Each token by its probability: one half or more is left plain, less is darker.
+{% for step in ["less than 1/2", "1/10", "1/100", "1/1000"] %}<i class="l{{ loop.index }}">{{ step }}</i>{% endfor %}
+<span class="mute">Hold the pointer over a token for its log-prob in nats.</span></p>
+{% endif %}
+{% endmacro %}
 {% macro reading(extremes) %}
+{% if extremes and not sums_only %}{{ key(extremes[0].by_difference) }}{% endif %}
 {% for extreme in extremes %}
 <h3>{{ extreme.title }}</h3>
 {% for pair in extreme.pairs %}
@@ -79,8 +101,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; backgro
 <span class="mute">chosen {{ pair.ref_chosen_logps|number }} over {{ pair.num_chosen_tokens|number }} tokens,
 rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|number }}</span></summary>
 <p class="mute">pair_id {{ pair.pair_id }}</p><pre>{{ pair.prompt }}</pre>
-<div class="sides"><div><b>chosen</b><pre class="chosen">{{ pair.chosen }}</pre></div>
-<div><b>rejected</b><pre class="rejected">{{ pair.rejected }}</pre></div></div></details>
+<div class="sides"><div><b>chosen</b><pre class="chosen">{{ completion(pair.chosen) }}</pre></div>
+<div><b>rejected</b><pre class="rejected">{{ completion(pair.rejected) }}</pre></div></div></details>
 {% endfor %}
 {% endfor %}
 {% endmacro %}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from store.errors import InputError
 from store.sql import connect, fetch, sums_only
+from store.text import Decode
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,14 @@ class Selection:
         return f"{text} (pair_ids sha256 {self.pair_ids_sha256[:12]})"
 
 
-def select(store: Path, where: str | None = None, order_by: str | None = None, eval_fraction: float | None = None) -> Selection:
-    """Choose pairs of the sealed store at `store`.
+def select(
+    store: Path,
+    where: str | None = None,
+    order_by: str | None = None,
+    eval_fraction: float | None = None,
+    decode: Decode | None = None,
+) -> Selection:
+    """Choose pairs of the sealed store at `store`. With `decode`, conditions may ask for text.
 
     `where` and `order_by` are what follows these words in SQL over the view `pairs`; ties keep the store's order. A pair is held
     back if
@@ -57,7 +64,7 @@ def select(store: Path, where: str | None = None, order_by: str | None = None, e
     content
     never stands on both sides. InputError for SQL that fails, gives another answer the second time, or leaves nothing.
     """
-    connection = connect(store, threads=1)  # with several, `limit` among equals picks another row each time
+    connection = connect(store, threads=1, decode=decode)  # with several, `limit` among equals picks another row each time
     everything = fetch(connection, "select row, pair_id from pairs order by row", store)
     given = " ".join(f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by)) if sql is not None)
     if sums_only(store) and re.search(r"token_logps|\blogp\b", given, re.IGNORECASE):

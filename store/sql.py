@@ -2,7 +2,11 @@
 
     pairs          one row per pair: the columns of store/schema.py
     completions    one row per side: pair_id, row, side, prompt_ids, completion_ids, ref_logps, num_tokens, truncated, token_logps
-    tokens         one row per scored token: pair_id, row, side, position, token_id, logp
+    tokens         one row per scored token: pair_id, row, side, position, token_id, token, logp
+    texts          one row per pair: pair_id, row, and the texts prompt, chosen, rejected
+
+`token` and `texts` are there where the caller brings a function that decodes ids. It is called for the values that a query asks for, and for
+none that it does not.
 
 DuckDB never opens a file here: Arrow reads the shards and hands them over, so that external access can be off altogether. (Its own
 `allowed_paths` would let `COPY … TO 'part-00000.parquet'` overwrite what it allows to be read.)
@@ -21,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal, TextIO
+from weakref import WeakKeyDictionary
 
 import duckdb
 import pyarrow.dataset
@@ -28,12 +33,13 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from store import disk
-from store.errors import InputError
+from store.errors import InputError, RefdpoError
 from store.folder import refuse_non_store, stored_identity
 from store.manifest import manifest_path
 from store.reader import open_store
 from store.schema import DATASET, SCHEMA, schema_of
 from store.shard import finished_shards, part_name
+from store.text import Decode, Vocabulary
 
 Format = Literal["table", "csv", "json"]
 
@@ -57,12 +63,18 @@ create view completions as
 
 create view tokens as
     select pair_id, row, side,
-        unnest(range(num_tokens)) as position, unnest(completion_ids) as token_id, unnest(token_logps) as logp{which}
+        unnest(range(num_tokens)) as position, unnest(completion_ids) as token_id, {token}unnest(token_logps) as logp{which}
     from completions;
 """
-"""`which`: the column that a store of several datasets has more."""
+"""`which`: the column that a store of several datasets has more; `token`: the text of one, where it can be decoded."""
 
-VIEWS_HINT = "Views: pairs, completions, tokens; `describe pairs` lists columns."
+TOKEN = "text_of_token(unnest(completion_ids)) as token, "
+
+TEXTS = """
+create view texts as
+    select pair_id, row, text_of(prompt_ids) as prompt, text_of(chosen_ids) as chosen, text_of(rejected_ids) as rejected{which}
+    from pairs;
+"""
 
 ROWS_AT_A_TIME = 10_000
 """Of a streamed answer: it may be larger than memory."""
@@ -76,8 +88,14 @@ set lock_configuration = true;
 """
 
 
-def connect(path: Path, threads: int | None = None) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with the three views over the store at `path`, locked against everything outside it.
+_decoding: WeakKeyDictionary[duckdb.DuckDBPyConnection, "_Decoding"] = WeakKeyDictionary()
+"""Of the connections that can decode."""
+
+
+def connect(path: Path, threads: int | None = None, decode: Decode | None = None) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with the views over the store at `path`, locked against everything outside it.
+
+    With `decode` there are texts too. It is not called before a query asks for one; a RefdpoError of its own ends that query.
 
     An unsealed store is served as far as it goes: the finished shards. InputError for a path that is no store, StoreError for one
     with damaged or foreign shards.
@@ -94,9 +112,45 @@ def connect(path: Path, threads: int | None = None) -> duckdb.DuckDBPyConnection
         connection.execute(SUMS_ONLY_PAIRS)
     else:
         connection.register("pairs", pairs)
-    connection.execute(VIEWS.format(which=f", {DATASET.name}" if DATASET.name in schema.names else ""))
+    which = f", {DATASET.name}" if DATASET.name in schema.names else ""
+    if decode is not None:
+        _decoding[connection] = _Decoding(decode)
+        _decoding[connection].register(connection)
+    connection.execute(VIEWS.format(which=which, token="" if decode is None else TOKEN))
+    if decode is not None:
+        connection.execute(TEXTS.format(which=which))
     connection.execute(LOCK)
     return connection
+
+
+class _Decoding:
+    """The two functions that SQL calls for texts. DuckDB turns what they raise into its own error, so they remember it."""
+
+    def __init__(self, decode: Decode):
+        self._decode, self._vocabulary, self.refused = decode, None, None
+
+    def register(self, connection: duckdb.DuckDBPyConnection) -> None:
+        text = {"return_type": "VARCHAR", "type": "arrow"}
+        connection.create_function("text_of", self._texts, parameters=["INTEGER[]"], **text)
+        connection.create_function("text_of_token", self._tokens, parameters=["INTEGER"], **text)
+
+    def _texts(self, ids: pyarrow.ChunkedArray) -> pyarrow.Array:
+        return self._of_each(ids, lambda: self._decode)
+
+    def _tokens(self, ids: pyarrow.ChunkedArray) -> pyarrow.Array:
+        return self._of_each(ids, self._token)
+
+    def _token(self) -> Callable[[int], str]:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self._decode)
+        return self._vocabulary.__getitem__
+
+    def _of_each(self, ids: pyarrow.ChunkedArray, text: Callable[[], Callable]) -> pyarrow.Array:
+        try:
+            return pyarrow.array([None if each is None else text()(each) for each in ids.to_pylist()], pyarrow.string())
+        except RefdpoError as error:
+            self.refused = error
+            raise
 
 
 def sums_only(path: Path) -> bool:
@@ -153,7 +207,7 @@ def write_parquet(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -
         num_rows = 0
         try:
             with pyarrow.parquet.ParquetWriter(staged, blocks.schema, compression="zstd") as file:
-                while (block := ask(lambda: _next_block(blocks))) is not None:
+                while (block := ask(lambda: _next_block(connection, blocks))) is not None:
                     file.write_batch(block)
                     num_rows += block.num_rows
         except pyarrow.ArrowException as error:
@@ -164,12 +218,12 @@ def write_parquet(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -
     return num_rows
 
 
-def _next_block(blocks: pyarrow.RecordBatchReader) -> pyarrow.RecordBatch | None:
+def _next_block(connection: duckdb.DuckDBPyConnection, blocks: pyarrow.RecordBatchReader) -> pyarrow.RecordBatch | None:
     """None after the last one. A query that fails half-way comes out of Arrow as an OSError."""
     try:
         return next(blocks, None)
     except OSError as error:
-        raise InputError(_message(error), next=VIEWS_HINT) from error
+        raise _refusal(connection, error) from error
 
 
 @contextlib.contextmanager
@@ -207,9 +261,26 @@ def _asking(connection: duckdb.DuckDBPyConnection) -> Iterator[Callable]:
             except duckdb.PermissionException as error:
                 raise InputError(_message(error), next="Only the store can be read here, and nothing can be written.") from error
             except duckdb.Error as error:
-                raise InputError(_message(error), next=VIEWS_HINT) from error
+                raise _refusal(connection, error) from error
 
         yield ask
+
+
+def _refusal(connection: duckdb.DuckDBPyConnection, error: Exception) -> RefdpoError:
+    """What to raise for an error that a query ended with: that of decoding, if it was that."""
+    decoding = _decoding.get(connection)
+    if decoding is not None and decoding.refused is not None:
+        refused, decoding.refused = decoding.refused, None
+        return refused
+    return InputError(_message(error), next=f"{_views(connection)}; `describe pairs` lists columns.")
+
+
+def _view_names(connection: duckdb.DuckDBPyConnection) -> tuple[str, ...]:
+    return ("pairs", "completions", "tokens", *(["texts"] if connection in _decoding else []))
+
+
+def _views(connection: duckdb.DuckDBPyConnection) -> str:
+    return f"Views: {', '.join(_view_names(connection))}"
 
 
 def _statements(connection: duckdb.DuckDBPyConnection, sql: str) -> list[duckdb.Statement]:
@@ -271,12 +342,11 @@ def fetch(connection: duckdb.DuckDBPyConnection, sql: str, where: object) -> lis
     except InputError as error:
         if error.where is not None:
             raise
-        raise InputError(
-            error.what, where=where, next="Views: pairs, completions, tokens; `inspect --sql 'describe pairs'` lists columns."
-        ) from error
+        next_ = f"{_views(connection)}; `inspect --sql 'describe pairs'` lists columns."
+        raise InputError(error.what, where=where, next=next_) from error
 
 
-HELP = """Views: pairs (one row per pair), completions (one per side), tokens (one per scored token).
+HELP = """Views: pairs (one row per pair), completions (one per side), tokens (one per scored token), texts (one per pair, decoded).
 A query ends with ; and may span lines. Ctrl-C stops it.
 .tables   the views              .schema   their columns
 .help     this                   .exit     leave, as do exit, quit and Ctrl-D"""
@@ -288,7 +358,7 @@ def prompt(connection: duckdb.DuckDBPyConnection, format: Format = "table") -> N
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (line editing and history for input())
-        print("Views: pairs, completions, tokens. End a query with ; and leave with .exit or Ctrl-D; .help says more.")
+        print(f"{_views(connection)}. End a query with ; and leave with .exit or Ctrl-D; .help says more.")
     query = ""
     while True:
         try:
@@ -330,7 +400,7 @@ def _command(connection: duckdb.DuckDBPyConnection, word: str) -> None:
     elif word == ".tables":
         print("\n".join(name for (name,) in connection.execute("select table_name from (show tables) t(table_name)").fetchall()))
     elif word == ".schema":
-        for view in ("pairs", "completions", "tokens"):
+        for view in _view_names(connection):
             columns = connection.execute(f"describe {view}").fetchall()
             print(f"{view}: " + ", ".join(f"{name} {kind}" for name, kind, *_ in columns))
     else:

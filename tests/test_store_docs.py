@@ -67,18 +67,18 @@ def test_footer_keys():
 
 
 def test_views(path):
-    for view in ("completions", "tokens"):
+    for view in ("completions", "tokens", "texts"):
         line = re.search(rf"- `{view}`: (.*?)\n(?=- |\n)", section("SQL"), re.DOTALL)[1]
-        columns = [row[0] for row in connect(path).execute(f"describe {view}").fetchall()]
+        columns = [row[0] for row in connect(path, decode=str).execute(f"describe {view}").fetchall()]
         assert names(line) == columns
 
 
 def test_queries_run(path):
     queries = re.search(r"```sql\n(.*?)```", section("SQL"), re.DOTALL)[1]
     statements = [query for query in queries.split(";") if query.strip()]
-    assert len(statements) == 4
+    assert len(statements) == 5
     for query in statements:
-        assert json.loads(run(connect(path), query, "json"))
+        assert json.loads(run(connect(path, decode=str), query, "json"))
 
 
 def test_other_tools_read_it(path):

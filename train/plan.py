@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from precompute.scorer import lazy_decoder
 from store.errors import InputError, StoreError
 from store.manifest import Identity, shown
 from store.reader import Store, open_store
@@ -63,7 +64,8 @@ def plan(config: TrainConfig, world: int, check: str = "none") -> Plan:
     checkpoint = record.checkpoint_of(config)
     store = open_store(config.ref_store, check=check)
     max_length = config.max_length or store.identity.max_length
-    selection = select(config.ref_store, config.where, config.order_by, config.eval_fraction)
+    decode = lazy_decoder(config.ref_store, config.tokenizer)
+    selection = select(config.ref_store, config.where, config.order_by, config.eval_fraction, decode)
     train = fitting(store, max_length, config.ld_alpha, selection.train)
     eval_store, evaluate = None, None
     if config.eval_fraction is not None:
