@@ -1,5 +1,5 @@
 """The commands and snippets of docs/walkthrough.md and docs/extending.md: run where they can run here, parsed by the real parser
-elsewhere. Links of every page lead somewhere.
+elsewhere. Links of every page lead somewhere, its lines fit a screen, and its drawings and lists of files are those of the program.
 
 Fenced blocks: `sh run` is run in order in an empty folder, `sh cluster` and `sh setup` are not; `python` is executed; `text` after
 a command
@@ -96,6 +96,15 @@ def test_snippets_run(folder):
         run(["precompute", "--dataset", "demo"], folder)
     ran = [runpy.run_path(_saved(text, folder)) for page in PAGES for kind, _, text in blocks(page) if kind == "python"]
     assert len(ran) == 2
+
+
+def test_the_query_of_the_readme(folder):
+    if not (folder / "store" / "demo" / "_manifest.json").exists():
+        run(["precompute", "--dataset", "demo"], folder)
+    typed, shown = re.search(
+        r"^\$ python cli\.py (inspect .*?\")\n(┌.*?┘)$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    ).groups()
+    assert [normal(line) for line in run(shlex.split(typed), folder).splitlines()] == [normal(line) for line in shown.splitlines()]
 
 
 def _saved(text: str, folder: Path) -> str:

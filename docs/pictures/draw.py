@@ -123,7 +123,7 @@ def rooms() -> Drawing:
     """The folders, and who imports whom."""
     drawing = Drawing(880, 420, "The folders of the project, and who imports whom")
     drawing.box(20, 20, 200, 60, "slurm/", ("submit, check, batch scripts",))
-    drawing.box(290, 20, 300, 60, "cli.py, presets.py", ("the command line: options, then one call",))
+    drawing.box(290, 20, 300, 60, "cli.py, options.py, presets.py", ("the command line: a config, then one call",))
     drawing.box(660, 20, 200, 60, "launch, devices, stop", ("processes, GPUs, signals",))
 
     drawing.rect(20, 130, 520, 160, FILLS["phase 1"], LINE, 6)
@@ -144,7 +144,12 @@ def rooms() -> Drawing:
         268,
         114,
         "precompute/scorer/",
-        ("a model and sequences -> log-probs,", "with or without gradients:", "packing, attention, head,", "scoring, self-test"),
+        (
+            "a model and sequences -> log-probs,",
+            "with or without gradients: packing,",
+            "attention, head, scoring, self-test.",
+            "Its face: api.py, packing.py",
+        ),
         "room",
     )
 
