@@ -2,7 +2,7 @@
 
 Plain Python, so that a drawing is changed like code. tests/test_docs.py compares the files with what this draws.
 
-Not drawn here: throughput.png is made by benchmarks/sweep.py; report.png is a screenshot of the page that `python cli.py report` makes
+Not drawn here: throughput.png is made by benchmarks/sweep.py; report.png is two parts of a screenshot of the page that `python cli.py report` makes
 of the demo's store.
 """
 
