@@ -16,13 +16,13 @@ from click.core import ParameterSource
 import store.command
 from default_store import default_report
 from options import FILE, LOCAL_STORE, STORE_TO_READ, Argument, Option, StorePath, collected, options_of
-from parsing import Command
-from precompute.config import AnalyzeConfig, PrecomputeConfig, StoreConfig
+from parsing import Command, as_called
+from precompute.config import SPEED, AnalyzeConfig, PrecomputeConfig, StoreConfig
 from precompute.scorer import Layout
 from slurm.submit import Resources, SubmitConfig
 from store.command import cli
 from store.errors import InputError, RefdpoError
-from train.config import TrainConfig
+from train.config import MACHINE, RECORDS, TrainConfig
 from train.leave import leave
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -87,6 +87,9 @@ EXAMPLES = {
 
       python cli.py verify --ref-store store/demo --model demo/model
     """,
+    "completion": """
+      python cli.py completion bash
+    """,
     "status": """
       python cli.py status --ref-store store/think
     """,
@@ -100,12 +103,23 @@ EXAMPLES = {
 }
 
 
+def _version(ctx: click.Context, option: click.Option, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"refdpo {version('refdpo')}")
+        ctx.exit()
+
+
 class Commands(click.Group):
     """Turns every error a user can cause into one `Error:` line and an exit code; anything else is a bug and keeps its traceback."""
 
     def main(self, args=None, *more, **named):
         store.command.called_with = None if args is None else list(args)
         return super().main(args, *more, **named)
+
+    def get_help(self, ctx: click.Context) -> str:
+        return as_called(super().get_help(ctx), ctx)
 
     def invoke(self, ctx: click.Context):
         try:
@@ -119,6 +133,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit.")
 def main() -> None:
     """Score a frozen reference model once, keep its log-probs in a Parquet store, train DPO from them without a reference forward.
 
@@ -154,7 +169,9 @@ QUIET = Option("No progress bar.")
 
 @command("precompute", PrecomputeConfig)
 def precompute_cmd(
-    num_workers: Annotated[int | None, Option("Local processes.", default="one per GPU; 1 without a GPU", at_least=1)] = None,
+    num_workers: Annotated[
+        int | None, Option("Local processes.", group=SPEED, default="one per GPU; 1 without a GPU", at_least=1)
+    ] = None,
     **given,
 ) -> None:
     """Phase 1: score a preference dataset with the frozen reference model.
@@ -195,27 +212,31 @@ def analyze_cmd(**given) -> None:
 
 
 def _also_for_precompute() -> list[str]:
-    """The words of this `analyze` that make precompute read the same rows in the same way, as they were typed."""
+    """The words of this `analyze` that make precompute read the same rows in the same way, as they were given."""
     context = click.get_current_context()
-    known = {option.name for option in main.commands["precompute"].params} - {"num_workers"}
+    known = {option.name for option in main.commands["precompute"].params} - {"num_workers", "config"}
     words = []
     for option in context.command.params:
-        if option.name in known and _typed(context, option.name):
-            value = context.meta["typed"][option.name]
+        if option.name in known and _given(context, option.name):
+            value = (context.meta["from file"] | context.meta["typed"])[option.name]
             values = value if option.multiple else [value]
-            words += [option.opts[0]] if option.is_flag else [word for each in values for word in (option.opts[0], each)]
+            words += [option.opts[0]] if option.is_flag else [str(word) for each in values for word in (option.opts[0], each)]
     return words
 
 
-def _typed(context: click.Context, name: str) -> bool:
-    """Was this option given on the command line, rather than left at its default?"""
-    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+def _given(context: click.Context, name: str) -> bool:
+    """Was this option typed, or in the --config file, rather than left at its default?"""
+    return context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 
 @command("train", TrainConfig)
 def train_cmd(
-    resume_or_start: Annotated[bool, Option("--resume if there is a checkpoint, else start: for jobs that are requeued.")] = False,
-    num_processes: Annotated[int | None, Option("Local ranks.", default="one per GPU; 2 without a GPU", at_least=1)] = None,
+    resume_or_start: Annotated[
+        bool, Option("--resume if there is a checkpoint, else start: for jobs that are requeued.", RECORDS)
+    ] = False,
+    num_processes: Annotated[
+        int | None, Option("Local ranks.", MACHINE, default="one per GPU; 2 without a GPU", at_least=1)
+    ] = None,
     **given,
 ) -> None:
     """Phase 2: train DPO from a sealed store under ZeRO-2, without a reference model.
@@ -385,7 +406,7 @@ def verify_cmd(
     from store.verify import verify
 
     context = click.get_current_context()
-    needless = [name for name in ("revision", "num_pairs", "seed", "layout") if _typed(context, name)]
+    needless = [name for name in ("revision", "num_pairs", "seed", "layout") if _given(context, name)]
     if model is None and needless:
         raise InputError("belongs to --model", where=", ".join(f"--{name.replace('_', '-')}" for name in needless))
     if model is not None:
@@ -414,6 +435,17 @@ def status_cmd(ref_store: Annotated[Path, STORE_TO_READ]) -> None:
     from store.status import describe, status
 
     click.echo(describe(status(ref_store), ref_store))
+
+
+@command("completion")
+def completion_cmd(shell: Annotated[Literal["bash", "zsh", "fish"], Argument()]) -> None:
+    """Print what makes a shell complete the installed command `refdpo`: its commands, options and their values.
+
+    In ~/.bashrc or ~/.zshrc: eval "$(refdpo completion bash)", or zsh. fish: refdpo completion fish > ~/.config/fish/completions/refdpo.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(main, {}, "refdpo", "_REFDPO_COMPLETE").source())
 
 
 def _resource_options() -> list[click.Option]:

@@ -38,6 +38,10 @@ class Option:
     values: tuple[tuple[str, str, str | None], ...] = ()
     """One switch for each value instead of one option: (flag, value, help; None: not shown)."""
     hidden: bool = False
+    positional: bool = False
+    """May be given as a word of its own, without the flag."""
+    instead_of: tuple[str, ...] = ()
+    """Fields that it is another way to, or that belong to another value of it: typed, it sets aside what a --config file says of these."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,10 @@ class Day(click.DateTime):
         return super().convert(value, param, ctx).date().isoformat()
 
 
-STORE_TO_READ = Option("Folder of the store, such as store/think, or a URL (s3://, hf://datasets/, file://).", type=StorePath())
-LOCAL_STORE = Option("Folder of the store, such as store/think.", type=LocalStorePath())
+STORE_TO_READ = Option(
+    "Folder of the store, such as store/think, or a URL (s3://, hf://datasets/, file://).", type=StorePath(), positional=True
+)
+LOCAL_STORE = Option("Folder of the store, such as store/think.", type=LocalStorePath(), positional=True)
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -160,11 +166,14 @@ def _fields(source: Callable, inside: bool = False) -> Iterator[_Field]:
         elif get_origin(hint) is Annotated:
             kind, mark, *_ = get_args(hint)
             if isinstance(mark, Argument):
-                yield _Field(name, [click.Argument([name])])
+                yield _Field(name, [click.Argument([name], type=_click_type(kind, Option()))])
             elif isinstance(mark, Option):
                 flags = mark.flags or (f"--{name.replace('_', '-')}",)
                 called = flags[0].lstrip("-").replace("-", "_") if inside else name
-                yield _Field(name, _options(called, flags, kind, mark, parameter.default))
+                made = _options(called, flags, kind, mark, parameter.default)
+                for option in made:
+                    option.group, option.positional, option.instead_of = mark.group, mark.positional, mark.instead_of
+                yield _Field(name, made)
 
 
 def _options(name: str, flags: tuple[str, ...], kind: Any, mark: Option, default: Any) -> list[click.Parameter]:

@@ -14,6 +14,9 @@ VARIABLE = "REFDPO_COMMAND"
 """Environment variable with the whole command where no process can find it out: slurm/submit.py and slurm/job.sh set it for their jobs."""
 
 
+INSTALLED = "refdpo"
+"""What `pip install` calls cli.py."""
+
 called_with: list[str] | None = None
 """Arguments of a command line that runs inside another program, a notebook or a test: then the process's own say nothing."""
 
@@ -73,10 +76,12 @@ def again(*more: str) -> str:
 
 
 def cli(*words: object) -> str:
-    """A command of this project, `python cli.py train …`, to be typed in this folder."""
+    """A command of this project, `python cli.py train …` or `refdpo train …`, to be typed in this folder."""
     program = ["python", "cli.py"]
     if called_with is None and Path(sys.argv[0]).name == program[1]:
         program = [sys.orig_argv[0], sys.argv[0]]
+    elif called_with is None and Path(sys.argv[0]).name == INSTALLED:
+        program = [INSTALLED]
     return shlex.join([*program, *map(str, words)])
 
 

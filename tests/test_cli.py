@@ -13,6 +13,7 @@ import tiny
 from click.testing import CliRunner
 
 import cli
+import store.command
 from presets import PRESETS
 from train.start import config_of
 
@@ -213,3 +214,29 @@ def test_presets_are_the_users_table():
         )
         assert table == (5.0, "sigmoid_norm", 1e-6, "linear", 0.1, 1.0)
         assert (preset.effective_batch_size, preset.dtype, preset.gradient_checkpointing) == (128, "bfloat16", True)
+
+
+def test_version():
+    assert re.fullmatch(r"refdpo \d+\.\d+\.\d+\n", run("--version", code=0))
+
+
+def test_the_shell_completes_commands_and_options_and_values():
+    def completed(words: str) -> str:
+        env = {"_REFDPO_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+        return CliRunner().invoke(cli.main, [], prog_name="refdpo", complete_var="_REFDPO_COMPLETE", env=env).output
+
+    assert completed("refdpo pre") == "plain,precompute\n"
+    assert completed("refdpo train --learn") == "plain,--learning-rate\n"
+    assert completed("refdpo train --layout pa") == "plain,packed\nplain,padded\n"
+    for shell in ("bash", "zsh", "fish"):
+        assert f"_REFDPO_COMPLETE={shell}_complete" in run("completion", shell, code=0)
+    refused("completion", "cmd", code=2, match="'cmd' is not one of 'bash', 'zsh', 'fish'")
+
+
+def test_the_installed_command_speaks_of_itself(monkeypatch):
+    """What it prints to be typed next, and the examples of its help."""
+    monkeypatch.setattr(store.command, "called_with", None)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/refdpo", "train"])
+    assert store.command.cli("train", "--ref-store", "a b") == "refdpo train --ref-store 'a b'"
+    output = CliRunner().invoke(cli.main, ["status", "--help"], prog_name="refdpo").output
+    assert "\n  refdpo status --ref-store store/think" in output and "cli.py" not in output

@@ -18,6 +18,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from one_rank import one_rank
+from settings_page import page as settings_page
 
 import cli
 from demo.model import make_demo_model
@@ -139,7 +140,7 @@ def test_commands_anywhere_have_options_that_exist(page):
         command = cli.main.commands[argv[0]]
         given, rest, _ = command.make_parser(click.Context(command)).parse_args(words)
         missing = [each.name for each in command.params if each.required and each.name not in given]
-        assert not rest and (more or not missing), (argv, rest, missing)
+        assert not rest and (more or "config" in given or not missing), (argv, rest, missing)
 
 
 def test_examples_in_help_have_options_that_exist():
@@ -183,6 +184,10 @@ def test_drawings_are_what_the_script_draws():
     drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))["DRAWINGS"]
     found = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "docs" / "pictures").glob("*.svg")}
     assert found == {name: draw().svg() for name, draw in drawn.items()}, "run python docs/pictures/draw.py"
+
+
+def test_settings_page_has_every_option():
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page(), "run python tests/settings_page.py"
 
 
 def test_architecture_lists_every_file():

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -49,7 +49,14 @@ LR_SCHEDULER_TYPES = ("linear", "cosine", "polynomial", "constant", "constant_wi
 
 REPORTERS = ("wandb", "tensorboard")
 
-PAIRS, MODEL, LOSS, COURSE, MACHINE, RECORDS = "Pairs", "Policy", "Loss", "Course", "Speed and memory", "Output and logs"
+PAIRS, MODEL, LOSS, OPTIMIZATION, MACHINE, RECORDS = (
+    "Pairs",
+    "Policy",
+    "Loss",
+    "Optimization",
+    "Speed and memory",
+    "Output and logs",
+)
 
 
 def usual(name: str) -> str:
@@ -65,10 +72,11 @@ class TrainConfig:
     """One run; each field is an option. What changes the numbers and depends on the data set or the loss has no default here: presets.py
     has such values."""
 
-    ref_store: Annotated[Path, STORE_TO_READ]
+    ref_store: Annotated[Path, replace(STORE_TO_READ, group=PAIRS)]
     """Sealed store with the pairs and their reference log-probs."""
     eval_ref_store: Annotated[
-        Path | None, Option("A second store, made with the same model, to evaluate on.", PAIRS, type=StorePath())
+        Path | None,
+        Option("A second store, made with the same model, to evaluate on.", PAIRS, type=StorePath(), instead_of=("eval_fraction",)),
     ] = None
     where: Annotated[
         str | None, Option("Train only on pairs for which this SQL condition over the store's columns holds.", PAIRS)
@@ -79,10 +87,19 @@ class TrainConfig:
     )
     eval_fraction: Annotated[
         float | None,
-        Option("Hold back this share of the pairs to evaluate on; the same pairs in every order and subset.", PAIRS),
+        Option(
+            "Hold back this share of the pairs to evaluate on; the same pairs in every order and subset.",
+            PAIRS,
+            instead_of=("eval_ref_store",),
+        ),
     ] = None
     """Chosen by the hash of their pair_id."""
-    policy: Annotated[str | None, Option("Model to train: folder or hub id.", MODEL, default="the store's reference model")] = None
+    policy: Annotated[
+        str | None,
+        Option(
+            "Model to train: folder or hub id.", MODEL, default="the store's reference model", instead_of=("revision", "tokenizer")
+        ),
+    ] = None
     """None: where the store's model was loaded from then."""
     revision: Annotated[str | None, Option("Revision of --policy on the hub.", MODEL)] = None
     """Without `policy` the store's own revision holds."""
@@ -91,13 +108,16 @@ class TrainConfig:
         Option("Folder or hub id.", MODEL, default="the one the store was made with, or the policy's"),
     ] = None
     chat_template: Annotated[Path | None, Option("The template file precompute was given, if any.", MODEL, type=FILE)] = None
-    output_dir: Annotated[Path, Option("Checkpoints, model and run.json.", RECORDS, default="runs/<store>")]
-    """Must not hold another run."""
     max_length: Annotated[int | None, Option("Any value up to the store's.", PAIRS, default="the store's", at_least=2)] = None
     """Tokens of prompt + completion."""
     loss_type: Annotated[
         tuple[str, ...],
-        Option("TRL's names; give it several times to add losses up.", LOSS, default=usual("loss_type")),
+        Option(
+            "TRL's names; give it several times to add losses up.",
+            LOSS,
+            default=usual("loss_type"),
+            instead_of=("beta", "loss_weights"),
+        ),
     ]
     """Any of LOSS_TYPES, added up with `loss_weights`."""
     loss_weights: Annotated[
@@ -109,24 +129,32 @@ class TrainConfig:
     ld_alpha: Annotated[float | None, Option("LD-DPO: weight of the tokens beyond the shorter completion.", LOSS)] = None
     """None: plain sums."""
     use_weighting: Annotated[bool, Option("WPO: weigh pairs by how likely the policy is to write their completions.", LOSS)] = False
-    learning_rate: Annotated[float, Option(group=COURSE, default=usual("learning_rate"))]
-    lr_scheduler_type: Annotated[str, Option(group=COURSE, default=usual("lr_scheduler_type"))] = Preset.lr_scheduler_type
-    warmup_ratio: Annotated[float, Option(group=COURSE, default=usual("warmup_ratio"))] = Preset.warmup_ratio
-    num_train_epochs: Annotated[float, Option(group=COURSE, default=usual("num_train_epochs"))] = Preset.num_train_epochs
-    max_steps: Annotated[int | None, Option("Stop after so many optimizer steps.", COURSE, at_least=1)] = None
+    learning_rate: Annotated[float, Option(group=OPTIMIZATION, default=usual("learning_rate"))]
+    lr_scheduler_type: Annotated[str, Option(group=OPTIMIZATION, default=usual("lr_scheduler_type"))] = Preset.lr_scheduler_type
+    warmup_ratio: Annotated[float, Option(group=OPTIMIZATION, default=usual("warmup_ratio"))] = Preset.warmup_ratio
+    num_train_epochs: Annotated[float, Option(group=OPTIMIZATION, default=usual("num_train_epochs"))] = Preset.num_train_epochs
+    max_steps: Annotated[int | None, Option("Stop after so many optimizer steps.", OPTIMIZATION, at_least=1)] = None
     """Whatever `num_train_epochs` says."""
-    weight_decay: Annotated[float, Option(group=COURSE)] = 0.0
-    max_grad_norm: Annotated[float, Option(group=COURSE)] = 1.0
+    weight_decay: Annotated[float, Option(group=OPTIMIZATION)] = 0.0
+    max_grad_norm: Annotated[float, Option(group=OPTIMIZATION)] = 1.0
     per_device_train_batch_size: Annotated[
         int,
-        Option("Pairs per forward on each device.", COURSE, default=usual("per_device_train_batch_size"), at_least=1),
+        Option("Pairs per forward on each device.", OPTIMIZATION, default=usual("per_device_train_batch_size"), at_least=1),
     ]
     effective_batch_size: Annotated[
         int | None,
-        Option("Pairs per step over all devices; accumulation follows.", COURSE, default=usual("effective_batch_size"), at_least=1),
+        Option(
+            "Pairs per step over all devices; accumulation follows.",
+            OPTIMIZATION,
+            default=usual("effective_batch_size"),
+            at_least=1,
+            instead_of=("gradient_accumulation_steps",),
+        ),
     ] = None
     """Accumulation must come out whole. This or the next, not both."""
-    gradient_accumulation_steps: Annotated[int | None, Option("Instead of --effective-batch-size.", COURSE, at_least=1)] = None
+    gradient_accumulation_steps: Annotated[
+        int | None, Option("Instead of --effective-batch-size.", OPTIMIZATION, at_least=1, instead_of=("effective_batch_size",))
+    ] = None
     dtype: Annotated[str | None, Option(group=MACHINE, default="the store's", choices=DTYPES)] = None
     """Of weights and activations; optimizer states are float32 in any case."""
     layout: Annotated[Layout, Option("padded: stock TRL.", MACHINE)] = "packed"
@@ -147,7 +175,9 @@ class TrainConfig:
     gradient_checkpointing: Annotated[bool, Option(group=MACHINE, default=usual("gradient_checkpointing"))] = True
     torch_compile: Annotated[bool, Option("With --layout padded only.", MACHINE)] = False
     """torch.compile cannot trace how a micro-batch is packed, and would compile each arrangement again."""
-    seed: Annotated[int, Option(group=COURSE)] = 42
+    seed: Annotated[int, Option(group=OPTIMIZATION)] = 42
+    output_dir: Annotated[Path, Option("Checkpoints, model and run.json.", RECORDS, default="runs/<store>")]
+    """Must not hold another run."""
     logging_steps: Annotated[int, Option(group=RECORDS, at_least=1)] = 1
     save_strategy: Annotated[str, Option(group=RECORDS, choices=("no", "steps", "epoch"))] = "steps"
     """When a checkpoint to resume from is written. The trained model is saved in any case."""
