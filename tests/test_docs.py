@@ -214,6 +214,13 @@ def test_lines_fit_a_screen(page):
     assert not long, long
 
 
+@pytest.mark.parametrize("index", ["docs/README.md", "docs/notebook/README.md"])
+def test_each_index_lists_every_page_of_its_folder(index):
+    text = (ROOT / index).read_text(encoding="utf-8")
+    listed = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text)}
+    assert {page.name for page in (ROOT / index).parent.glob("*.md")} - {"README.md"} <= listed
+
+
 def test_links_and_files_named_exist():
     for page in PAGES:
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
