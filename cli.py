@@ -269,7 +269,7 @@ def inspect_cmd(
     ] = None,
 ) -> None:
     """Look at a store with SQL. Without --sql: a one-screen summary."""
-    from precompute.scorer import lazy_decoder
+    from precompute.scorer.decoder import lazy_decoder
     from store.inspect import inspect
 
     if tokenizer is not None and sql is None and not interactive:
@@ -386,7 +386,7 @@ def report_cmd(
     from quiet import quiet_libraries
 
     quiet_libraries()
-    from precompute.scorer import decoder_of
+    from precompute.scorer.decoder import decoder_of
 
     page = report(ref_store, output_dir or default_report(ref_store), decoder_of(identity, tokenizer), compare)
     click.echo(f"report: {page}")

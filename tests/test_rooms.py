@@ -21,8 +21,8 @@ MAY_IMPORT = {
 }
 """Room -> the rooms below it. Nobody looks up: train and precompute do not know each other, the store knows nobody."""
 
-FACE = {"precompute.scorer", "precompute.scorer.api", "precompute.scorer.packing"}
-"""Of the shared room: light names, what needs torch, what needs numpy alone."""
+FACE = {f"precompute.scorer{module}" for module in ("", ".api", ".packing", ".decoder")}
+"""Of the shared room: names of its choices, what needs torch, what needs numpy alone, what loads torch when it is asked."""
 
 
 def files() -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from precompute.scorer import lazy_decoder
+from precompute.scorer.decoder import lazy_decoder
 from store.errors import InputError, StoreError
 from store.manifest import Identity, shown
 from store.reader import Store, open_store

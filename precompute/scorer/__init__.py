@@ -2,9 +2,6 @@
 
 from typing import Literal
 
-from precompute.scorer.decoder import decoder_of as decoder_of
-from precompute.scorer.decoder import lazy_decoder as lazy_decoder
-
 Layout = Literal["packed", "padded"]
 """packed: rows without padding, each prompt once; padded: plain batches, for models that packed refuses."""
 
