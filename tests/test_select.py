@@ -56,8 +56,8 @@ def test_subqueries_and_token_views_work(store, monkeypatch):
     original = module.connect
     seen = []
 
-    def connect(path, threads=None):
-        connection = original(path, threads)
+    def connect(path, threads=None, **more):
+        connection = original(path, threads, **more)
         seen.extend(connection.execute("select current_setting('threads')").fetchall())
         return connection
 
