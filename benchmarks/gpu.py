@@ -174,8 +174,9 @@ def part_scoring(shape: str) -> None:
     head = model.get_output_embeddings().weight
     layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
     peak = peak_flops(device, torch.bfloat16)
-    rows = []
-    for budget in (256, 512) if small else BUDGETS:
+    budgets = (256, 512) if small else BUDGETS
+
+    def measured(budget: int) -> list[str]:
         batches = list(pack(sequences_of(3 * budget, min(8192, budget), vocabulary), budget))[:4]
         with ready_to_score(model):
             score_packed(model, batches[0])
@@ -189,17 +190,23 @@ def part_scoring(shape: str) -> None:
         rate = sum(forward_flops(model.config, layers, head, batch) for batch in batches) / seconds
         share = f"{rate / peak:.1%}" if peak else "unknown peak"
         memory = torch.cuda.max_memory_allocated() / GIB
-        rows.append([f"{budget:,}", f"{tokens / seconds:,.0f}", f"{rate / 1e12:,.1f}", share, f"{memory:.2f}"])
+        return [f"{tokens / seconds:,.0f}", f"{rate / 1e12:,.1f}", share, f"{memory:.2f}"]
+
+    rows = [[f"{budget:,}", *measured(budget)] for budget in budgets]
+    compiled = _compiled(lambda: measured(budgets[-1]))
+    if not isinstance(compiled, str):
+        rows.append([f"{budgets[-1]:,}, compiled", *compiled])
     print(
         f"OLMo 3's kind, shape {shape} ({SHAPES[shape]['num_hidden_layers']} layers of {SHAPES[shape]['hidden_size']:,}), bfloat16,"
     )
     print("random weights, lengths as in Dolci-Think; the peak is the data sheet's, dense.\n")
     print(table(["tokens per batch", "tokens/s", "TFLOP/s", "of the peak", "GiB at most, weights included"], rows), flush=True)
-    print("`--torch-compile` belongs to phase 2's padded layout; scoring is not compiled.\n")
+    if isinstance(compiled, str):
+        print(f"Not compiled: {compiled}\n")
 
     if small:  # as large a part of a small device: no huge batch on a host's processor
         free = torch.cuda.mem_get_info()[0]
-        held = torch.empty(free - min(free, 24 * 2**20), dtype=torch.uint8, device=device)
+        held = torch.empty(free - min(free, 96 * 2**20), dtype=torch.uint8, device=device)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     longest = 256 if small else 8192
     planned = largest_budget(model, layout="packed", max_length=longest, num_workers=1)
@@ -219,13 +226,28 @@ def part_scoring(shape: str) -> None:
         del held
 
 
+def _compiled(measure):
+    """What `measure()` returns with compiled layers, or the words of why they do not run here."""
+    from precompute.scorer.compiled import named_compiler, use_compiler
+    from store.errors import InputError
+
+    use_compiler(True, layout="packed")
+    try:
+        with named_compiler():
+            return measure()
+    except InputError as error:
+        return str(error)
+    finally:
+        use_compiler(False, layout="packed")
+
+
 def part_profile(shape: str) -> None:
     import torch
     from shapes import random_model
 
     from precompute.scorer.packing import pack
     from precompute.scorer.scoring import ready_to_score, score_packed
-    from train.packed import pack_policy, packed_forward
+    from train.packed import packed_forward, ready_to_train
 
     small = shape == "tiny"
     model = random_model(shape, word_tokenizer(1000 if small else 100_278), "bfloat16").eval()
@@ -235,7 +257,7 @@ def part_profile(shape: str) -> None:
     with ready_to_score(model):
         measured = {"scoring": _by_kind(lambda: score_packed(model, batch).cpu())}
 
-    pack_policy(model.train(), ("log_probs",))
+    model.train().requires_grad_(True)
     if not small:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     longest = max(len(each.ids) for each in sequences)
@@ -251,7 +273,14 @@ def part_profile(shape: str) -> None:
         packed_forward(model, ids, mask, labels, ("log_probs",)).loss.backward()
         model.zero_grad()
 
-    measured["a training micro-step"] = _by_kind(micro_step)
+    def of_micro_step() -> dict:
+        with ready_to_train(model):
+            return _by_kind(micro_step)
+
+    measured["a training micro-step"] = of_micro_step()
+    compiled = _compiled(of_micro_step)
+    if not isinstance(compiled, str):
+        measured["the same, compiled"] = compiled
     on_device = all(each["device"] for each in measured.values())
     print(f"Shape {shape}, {len(batch.input_ids):,} tokens, by the profiler", end="")
     print(".\n" if on_device else "; it has no times of kernels here, so these are the host's, by operator.\n")
@@ -261,6 +290,8 @@ def part_profile(shape: str) -> None:
         for name in names
     ]
     rows.append(["milliseconds, together", *(f"{sum(each['kinds'].values()):,.1f}" for each in measured.values())])
+    if isinstance(compiled, str):
+        print(f"Not compiled: {compiled}\n")
     rows.append(["milliseconds by the clock", *(f"{each['clock']:,.1f}" for each in measured.values())])
     print(table(["kind", *measured], rows))
 

@@ -91,6 +91,7 @@ def run_one(args) -> None:
     from trl import DPOConfig, DPOTrainer
 
     from launch import Process, launched
+    from precompute.scorer.compiled import use_compiler
     from store.reader import open_store
     from train.balance import shuffled
     from train.config import ZERO2
@@ -162,13 +163,14 @@ def run_one(args) -> None:
         logging_steps=10**6,
         logging_strategy="steps",
         gradient_checkpointing=not args.no_gradient_checkpointing,
-        torch_compile=args.torch_compile,
+        torch_compile=args.torch_compile and contender != "packed",
         precompute_ref_log_probs=contender != "online",
         precompute_ref_batch_size=int(micro_batch),
         remove_unused_columns=contender in ("online", "precompute"),
         seed=args.seed,
         data_seed=args.seed,
     )
+    use_compiler(args.torch_compile and contender == "packed", layout="packed")
     load = {"dtype": getattr(torch, args.dtype), "attn_implementation": "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(args.model, **load).to(settings.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
@@ -342,8 +344,6 @@ def main() -> None:
         raise SystemExit("give --model or --shape")
     if args.shape and not args.tokenizer:
         raise SystemExit("--shape needs --tokenizer")
-    if args.torch_compile and "packed" in args.contenders.split(","):
-        raise SystemExit("--torch-compile: the packed layout cannot be compiled; give --contenders without it")
     import torch
 
     world = torch.cuda.device_count() or 1

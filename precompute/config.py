@@ -119,6 +119,9 @@ class PrecomputeConfig(StoreConfig):
         AttentionKernel,
         Option("Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", SPEED),
     ] = "default"
+    torch_compile: Annotated[
+        bool, Option("Compile the layers of the packed layout, once for rows of any length. The first rows take a minute.", SPEED)
+    ] = False
     tokens_per_batch: Annotated[
         int | Literal["auto"],
         Option(

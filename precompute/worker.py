@@ -42,11 +42,13 @@ from precompute.scorer.api import (
     library,
     load_model,
     load_tokenizer,
+    named_compiler,
     named_kernel,
     refuse_dynamic,
     score_batches,
     self_test,
     tokenizer_sha256,
+    use_compiler,
     use_kernel,
     versions,
     weights_sha256,
@@ -85,6 +87,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if config.show == "text" and process.rank == 0:
         print(devices.describe(where, process.world), file=sys.stderr)
     use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=config.dtype)
+    use_compiler(config.torch_compile, layout=config.layout)
     # What an earlier run left, seen before this run's other workers can add to it: they do not wait for this one.
     before, sealed = parts_in(config.ref_store), manifest_path(config.ref_store).exists()
     if config.reuse is not None:
@@ -111,7 +114,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if says and (notice := attention_notice(model, config.attn_implementation)) is not None:
         print(notice, file=sys.stderr)
     budget = 16384 if config.tokens_per_batch == "auto" else config.tokens_per_batch
-    with named_kernel(config.attention_kernel):
+    with named_kernel(config.attention_kernel), named_compiler():
         tested = self_test(model, config.dtype, layout=config.layout, tokens_per_batch=budget)
     if says:
         print(tested, file=sys.stderr)
@@ -166,6 +169,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     recorded = {
         "layout": config.layout,
         "attention_kernel": config.attention_kernel,
+        "torch_compile": config.torch_compile,
         "threads_per_worker": torch.get_num_threads(),
         "command": command.to_json(),
         "checkpoint_stamp": stamp or checkpoint_stamp(config.model, config.revision),

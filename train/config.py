@@ -173,8 +173,13 @@ class TrainConfig:
         Option("Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", MACHINE),
     ] = "default"
     gradient_checkpointing: Annotated[bool, Option(group=MACHINE, default=usual("gradient_checkpointing"))] = True
-    torch_compile: Annotated[bool, Option("With --layout padded only.", MACHINE)] = False
-    """torch.compile cannot trace how a micro-batch is packed, and would compile each arrangement again."""
+    torch_compile: Annotated[
+        bool,
+        Option(
+            "Compile the model; in the packed layout its layers, once for rows of any length. The first steps take minutes.",
+            MACHINE,
+        ),
+    ] = False
     seed: Annotated[int, Option(group=OPTIMIZATION)] = 42
     output_dir: Annotated[Path, Option("Checkpoints, model and run.json.", RECORDS, default="runs/<store>")]
     """Must not hold another run."""
@@ -309,14 +314,6 @@ class TrainConfig:
                 next="Leave it out, or use --layout padded.",
             )
         _require_one_of(self.attention_kernel, get_args(AttentionKernel), "--attention-kernel")
-        if self.layout == "packed" and self.torch_compile:
-            raise InputError(
-                "the packed layout cannot be compiled",
-                where="--torch-compile",
-                expected="--layout padded",
-                found="--layout packed: every micro-batch is arranged in another way",
-                next="Leave out --torch-compile, or use --layout padded.",
-            )
         zero_stage(self.zero_config)
 
     @property

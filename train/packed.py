@@ -6,6 +6,7 @@ put where TRL expects them. Its loss types, weights and metrics run unchanged on
 """
 
 import types
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from precompute.scorer.api import (
     NAME,
+    compiler_wanted,
     head_of,
+    packed_attention,
     packed_outputs,
     refuse_unpackable,
     set_attention,
     together,
+    use_compiled_layers,
     use_fast_linears,
     use_fused_norms,
 )
@@ -47,8 +51,7 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
     """
     refuse_unpackable_policy(model)
     set_attention(model, NAME)
-    use_fast_linears(model)
-    use_fused_norms(model)
+    _use_fast_modules(model)
     padded_forward = model.forward
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, **kwargs):
@@ -62,6 +65,25 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
         return packed_forward(self, input_ids, attention_mask, labels, outputs, with_routers=with_routers)
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def ready_to_train(model: PreTrainedModel):
+    """Inside the block `packed_forward(model, ...)` runs as after `pack_policy`; at its end the model is as before. For the self-test."""
+    refuse_unpackable_policy(model)
+    replaced = _use_fast_modules(model)
+    try:
+        with packed_attention(model):
+            yield
+    finally:
+        for module in replaced:
+            del module.forward  # the class's own shows again
+
+
+def _use_fast_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Those that have another forward from now on."""
+    # The compiler makes operators of its own, of the model's code as it stands; those of a CPU it does not know.
+    return use_compiled_layers(model) if compiler_wanted() else [*use_fast_linears(model), *use_fused_norms(model)]
 
 
 def packed_forward(

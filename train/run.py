@@ -32,9 +32,11 @@ from precompute.scorer.api import (
     attention_notice,
     load_model,
     load_tokenizer,
+    named_compiler,
     named_kernel,
     refuse_dynamic,
     refuse_mixed,
+    use_compiler,
     use_kernel,
 )
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
@@ -100,6 +102,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
             "float16 trains on GPUs only", where="--dtype float16", next="On the CPU use a store in float32 or bfloat16."
         )
     use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=policy.dtype)
+    use_compiler(config.torch_compile and config.layout == "packed", layout=config.layout)  # padded: transformers does it
 
     resharded = checkpoint is not None and must_reshard(checkpoint, process.world)
     engine_options = ENGINE_OPTION if resharded else {}
@@ -119,7 +122,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     if config.layout == "padded":
         refuse_mixed(model, np.concatenate([lengths.prompt + lengths.chosen, lengths.prompt + lengths.rejected]))
     refuse_dynamic(model, int(lengths.longer.max(initial=0)))
-    with named_kernel(config.attention_kernel):
+    with named_kernel(config.attention_kernel), named_compiler():
         say(str(self_test_policy(model, policy.dtype, config.layout)))
     if (routers := router_notice(model, config)) is not None:
         say(routers)
@@ -339,7 +342,7 @@ def dpo_config(
         if engine_options
         else str(config.zero_config),
         gradient_checkpointing=config.gradient_checkpointing,
-        torch_compile=config.torch_compile,
+        torch_compile=config.torch_compile and config.layout == "padded",
         dataloader_num_workers=config.dataloader_num_workers,
         # the records
         logging_steps=config.logging_steps,

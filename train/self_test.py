@@ -14,20 +14,18 @@ from trl.trainer.utils import add_fused_lm_head
 from precompute.scorer import Layout
 from precompute.scorer.api import (
     SelfTest,
+    advice,
     alone_logps,
     attempt,
     compare,
-    fused_norms,
-    head_of,
+    compiler_wanted,
     made_up,
-    packed_attention,
     together,
     twin_of,
-    use_fast_linears,
 )
 from precompute.scorer.packing import Sequence
 from store.errors import InputError
-from train.packed import packed_forward, refuse_unpackable_policy
+from train.packed import packed_forward, ready_to_train, refuse_unpackable_policy
 
 GRADIENT_TOLERANCE = 1e-3
 """Largest |difference| of a gradient's entry on the twin in float32, as a share of the tensor's largest. Measured where it is right: 1e-5."""
@@ -51,20 +49,20 @@ def self_test_policy(model: PreTrainedModel, dtype: str, layout: Layout) -> Self
         with torch.no_grad():
             return [each.float().cpu().numpy() for each in forward(any_model, sequences)]
 
-    what = f"{layout} training"
-    seen = compare(model, dtype, compute, what=what, advice=ADVICE[layout])
+    what = f"{layout} training" + (", compiled," if compiler_wanted() else "")
+    seen = compare(model, dtype, compute, what=what, advice=advice(ADVICE[layout]))
     if (twin := twin_of(model)) is not None:
         sequences = made_up([7, 40, *(edge + 9 for edge in twin.lengths)], twin.model)
         difference = attempt(
-            lambda any_model, each: _gradients_differ(any_model, each, forward), twin.model, sequences, what, ADVICE[layout]
+            lambda any_model, each: _gradients_differ(any_model, each, forward), twin.model, sequences, what, advice(ADVICE[layout])
         )
         if not difference <= GRADIENT_TOLERANCE:
             raise InputError(
-                f"the gradients of {layout} training differ from this architecture's own by {difference:.2g} of their size, in float32 on a"
+                f"the gradients of {what} differ from this architecture's own by {difference:.2g} of their size, in float32 on a"
                 " small random model of its kind",
                 where=type(model).__name__,
                 expected=f"at most {GRADIENT_TOLERANCE:g}",
-                next=ADVICE[layout],
+                next=advice(ADVICE[layout]),
             )
     return seen
 
@@ -90,14 +88,8 @@ def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward
 
 
 def _packed(model: PreTrainedModel, sequences: list[Sequence]) -> list[torch.Tensor]:
-    head_of(model)  # measured by a plain forward
-    replaced = use_fast_linears(model)
-    try:
-        with packed_attention(model), fused_norms(model):
-            values = packed_forward(model, *_as_trl_pads(model, sequences), ("log_probs",)).log_probs
-    finally:
-        for layer in replaced:
-            del layer.forward
+    with ready_to_train(model):
+        values = packed_forward(model, *_as_trl_pads(model, sequences), ("log_probs",)).log_probs
     return [value[_scored(sequence)] for value, sequence in zip(values, sequences, strict=True)]
 
 

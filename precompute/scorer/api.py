@@ -14,6 +14,7 @@ from precompute.scorer.attention import (
     use_kernel,
 )
 from precompute.scorer.budget import largest_budget
+from precompute.scorer.compiled import advice, compiler_wanted, named_compiler, use_compiled_layers, use_compiler
 from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory, use_fast_linears
 from precompute.scorer.head import head_of
 from precompute.scorer.kernels import library
@@ -27,7 +28,7 @@ from precompute.scorer.model import (
     versions,
     weights_sha256,
 )
-from precompute.scorer.norms import fused_norms, use_fused_norms
+from precompute.scorer.norms import use_fused_norms
 from precompute.scorer.rescore import TOLERANCE, Rescored, rescore
 from precompute.scorer.rope import refuse_dynamic, refuse_mixed, together
 from precompute.scorer.scoring import SCORER_VERSION, score, score_batches

@@ -5,8 +5,9 @@ the plain Hugging Face forward of right-padded rows: the independent implementat
 architectures that `packed` refuses.
 """
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from precompute.scorer import Layout
 from precompute.scorer.attention import packed_attention, packed_hidden, refuse_unpackable
+from precompute.scorer.compiled import compiled_layers, compiler_wanted
 from precompute.scorer.cpu import fast_on_cpu, linear
-from precompute.scorer.head import head_of
+from precompute.scorer.head import Head, head_of
 from precompute.scorer.kernels import log_sum_exp
 from precompute.scorer.norms import fused_norms
 from precompute.scorer.packing import PackedBatch, Sequence, pack
@@ -26,9 +28,12 @@ SCORER_VERSION = 1
 """Part of a store's identity: raised when a change here or in pairs.py changes what is scored or in what precision. Kernels differ in the last
 bits anyway (docs/store-format.md); another one is no new version."""
 
-HEAD_TILE = {"cpu": (1024, 2048), "cuda": (2048, 1 << 20)}
+HEAD_TILE = {"cpu": (1024, 2048)}
 """Completion positions x vocabulary entries whose logits exist at a time. A CPU's tile stays in cache between the product and its
-log-sum-exp (1.1 times the speed of whole rows); a GPU takes whole rows."""
+log-sum-exp (1.1 times the speed of whole rows). On a GPU they are those of TRL's kernel: 4,096 x GPU_ENTRIES."""
+
+GPU_ENTRIES = 32768
+"""At most; TRL's own choice."""
 
 
 def score(model: PreTrainedModel, sequences: list[Sequence], *, layout: Layout, tokens_per_batch: int) -> list[np.ndarray]:
@@ -92,7 +97,10 @@ def ready_to_score(model: PreTrainedModel):
     """Inside the block `model` runs packed rows, with what makes it fast. Raises InputError for an architecture that cannot be packed."""
     refuse_unpackable(model)
     head_of(model)  # measured by a plain forward
-    with packed_attention(model), fast_on_cpu(model), fused_norms(model):
+    with packed_attention(model), ExitStack() as stack:
+        # The compiler makes operators of its own, of the model's code as it stands; those of a CPU it does not know.
+        for way in (compiled_layers,) if compiler_wanted() else (fast_on_cpu, fused_norms):
+            stack.enter_context(way(model))
         yield
 
 
@@ -106,6 +114,8 @@ def score_packed(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """hidden [T, D], predictors and targets int64 [N] -> float32 [N]. Logits exist only for the completion, a tile at a time."""
     head, after = model.get_output_embeddings(), head_of(model)
+    if hidden.device.type == "cuda":
+        return _one_pass(hidden[predictors], head, after, targets)
     num_rows, num_entries = HEAD_TILE[hidden.device.type]
     logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), num_rows):
@@ -117,13 +127,26 @@ def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.
             entries = slice(first, first + num_entries)
             products = linear(predicting, head.weight[entries], None if head.bias is None else head.bias[entries])
             logits = after.logits(products.float())
-            log_sums.append(log_sum_exp(logits) if logits.device.type == "cpu" else logits.logsumexp(dim=1))
-            # By selection, not by a mask as index: that would make a GPU's queue run dry at every tile, for the mask's count.
+            log_sums.append(log_sum_exp(logits))
             place = target - first
             found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
             target_logits = torch.where((place >= 0) & (place < logits.shape[1]), found, target_logits)
         logps[rows] = target_logits - torch.stack(log_sums).logsumexp(dim=0)
     return logps
+
+
+def _one_pass(predicting: torch.Tensor, head: torch.nn.Linear, after: Head, targets: torch.Tensor) -> torch.Tensor:
+    """predicting [N, D], targets int64 [N] -> float32 [N], by TRL's kernel for a GPU, which training uses as well: it reads a tile of logits once,
+    as the product left it, and keeps the softmax's maximum and sum in float32. 4 bytes are moved per logit in bfloat16; `.float()` and
+    `logsumexp` move 32 (docs/notebook/gpu_traffic.md)."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    temperature, others = 1.0, ()
+    num_slices = math.ceil(len(head.weight) / GPU_ENTRIES)
+    num_entries = math.ceil(len(head.weight) / num_slices)
+    return ChunkedLogProbFunction.apply(
+        predicting, head.weight, head.bias, targets, temperature, num_entries, after.softcap, after.scale, others
+    )[0]
 
 
 def _padded_batches(sequences: list[Sequence], tokens_per_batch: int) -> Iterator[list[int]]:

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from precompute.scorer import Layout
+from precompute.scorer.compiled import advice, compiler_wanted
 from precompute.scorer.packing import MIN_SHARED, Sequence
 from precompute.scorer.scoring import score
 from precompute.scorer.twin import lengths_of, twin_of
@@ -70,8 +71,8 @@ def self_test(model: PreTrainedModel, dtype: str, *, layout: Layout = "packed", 
         model,
         dtype,
         lambda any_model, sequences: score(any_model, sequences, layout=layout, tokens_per_batch=tokens_per_batch),
-        what=f"{layout} scoring",
-        advice="Use --layout padded for this model."
+        what=f"{layout} scoring" + (", compiled," if compiler_wanted() else ""),
+        advice=advice("Use --layout padded for this model.")
         if layout == "packed"
         else "Its padded batches mix their rows: use --tokens-per-batch 1, which scores each sequence alone.",
     )
