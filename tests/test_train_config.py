@@ -187,6 +187,7 @@ def test_packaged_zero_config_is_stage_2_and_adapts_to_the_run():
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         assert config[name] == "auto"
     assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
 
 
 def test_accelerate_config_names_nothing_that_the_zero_config_has():

@@ -173,6 +173,12 @@ def test_a_run_resumed_in_a_later_epoch_sees_that_epochs_pairs(results, folder):
     assert whole == resumed
 
 
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_gradients_of_a_step_are_added_up_in_float32(results, head):
+    """Two ranks in bfloat16, 32 micro-steps. Measured: 0.0009, by the ranks' sum in bfloat16; 0.006 where they are added up in bfloat16 too."""
+    assert results["accumulation"][head] < 2e-3
+
+
 def test_gate_stops_every_rank_with_one_error(results):
     first, second = results["gate"]["errors"]
     assert first == second

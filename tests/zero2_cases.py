@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/zero2_cases.py FOLDER    reads the worlds in FOLDER, writes FOLDER/results.json from rank 0
 """
 
+import copy
 import gc
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 from datasets import Dataset
+from deepspeed.utils import safe_get_full_grad
 from tiny import SMALL
 from train_setup import DPO_SETTINGS, MAX_LENGTH
 from transformers import (
@@ -208,6 +210,61 @@ def case_resume_in_the_second_epoch() -> dict:
     train(run)
     train(replace(run, output_dir=FOLDER / "epochs-resumed", resume=FOLDER / "epochs" / "checkpoint-3"))
     return {}
+
+
+MICRO_STEPS = 32
+
+
+class BesideThePlainModel(StoreDPOTrainer):
+    """One optimizer step. Every micro-step's gradient is computed by a copy of the model that no engine has, too, and added up in float32."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.plain = copy.deepcopy(self.model)
+        self.expected = [torch.zeros_like(each, dtype=torch.float32) for each in self.plain.parameters()]
+        self.difference = float("nan")
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.plain.train()
+        self.plain.zero_grad()
+        (self._compute_loss(self.plain, self._prepare_inputs(inputs), False) / MICRO_STEPS).backward()
+        for total, parameter in zip(self.expected, self.plain.parameters(), strict=True):
+            total += parameter.grad.float() / torch.distributed.get_world_size()
+        model.step = lambda: None  # of the micro-steps but the last it does nothing; the gradients are looked at before the last
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        del model.step
+        if model.is_gradient_accumulation_boundary():
+            self._compare(model)
+        model.step()
+        return loss
+
+    def _compare(self, engine) -> None:
+        square, of_expected = 0.0, 0.0
+        for total, parameter in zip(self.expected, engine.module.parameters(), strict=True):
+            torch.distributed.all_reduce(total)
+            square += float((safe_get_full_grad(parameter) - total).square().sum())
+            of_expected += float(total.square().sum())
+        self.difference = (square / of_expected) ** 0.5
+
+
+def case_accumulation() -> dict:
+    """In bfloat16: how far the engine's gradient of MICRO_STEPS micro-steps is from float32's sum of theirs, as a share of it."""
+    differences = {}
+    for head, tied in (("tied", True), ("untied", False)):
+        torch.manual_seed(0)  # the same weights on both ranks, as from a file
+        trainer = BesideThePlainModel(
+            model=llama(tie_word_embeddings=tied).to(torch.bfloat16),
+            args=DPOConfig(
+                **SETTINGS
+                | {"bf16": True, "precompute_ref_log_probs": True, "max_steps": 1, "per_device_train_batch_size": 1}
+                | {"gradient_accumulation_steps": MICRO_STEPS}
+            ),
+            train_dataset=dataset_of(open_store(FOLDER / "store-bfloat16"), MAX_LENGTH, positions=[*range(40), *range(24)]),
+            processing_class=TOKENIZER,
+        )
+        trainer.train()
+        differences[head] = trainer.difference
+    return differences
 
 
 def case_gate() -> dict:
