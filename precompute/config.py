@@ -65,7 +65,7 @@ class Source:
         ),
     ]
     """As load_rows takes them. Split, configuration, limit and columns are asked of each."""
-    model: Annotated[str, Option("Reference model: folder or hub id.", MODEL, default="the preset's")]
+    model: Annotated[str, Option("Reference model: folder or hub id, of an adapter too.", MODEL, default="the preset's")]
     revision: Annotated[str | None, Option("Revision of the model on the hub (and of its tokenizer).", MODEL)] = None
     tokenizer: Annotated[str, Option("Folder or hub id.", MODEL, default="the model's")]
     chat_template: Annotated[Path | None, Option("File that replaces the tokenizer's chat template.", MODEL, type=FILE)] = None

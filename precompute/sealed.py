@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from precompute.scorer.adapter import adapter_of, files_of
 from store.folder import missing_shards
 from store.manifest import Identity, Manifest, manifest_path
 
@@ -18,12 +19,17 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 
 
 def checkpoint_stamp(name: str, revision: str | None) -> str | None:
-    """A hash of names, sizes and times of change of the files with a model's weights; None where there are none to be seen."""
+    """A hash of names, sizes and times of change of the files with a model's weights, an adapter's and its base's; None where there are none to
+    be seen. Raises InputError as `adapter_of`."""
+    adapter = adapter_of(name, revision)
+    if adapter is not None:
+        name, revision = adapter.base, adapter.base_revision
     try:
         config = cached_file(name, "config.json", revision=revision)
         if config is None:
             return None
         files = sorted(file for pattern in WEIGHT_FILES for file in Path(config).parent.glob(pattern))
+        files += files_of(adapter) if adapter is not None else []
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except (OSError, ValueError):  # a model that cannot be found is reported by whoever loads it
         return None

@@ -31,6 +31,7 @@ from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, say_where_it_goes_on
 from precompute.reuse import Known
+from precompute.scorer.adapter import adapter_of
 from precompute.scorer.api import (
     SCORER_VERSION,
     attention_notice,
@@ -111,6 +112,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         if says:
             print(f"{config.ref_store}: sealed {'already' if sealed else 'by other workers'}, nothing to score", file=sys.stderr)
         return Manifest.load(manifest_path(config.ref_store))
+    if says and (adapter := adapter_of(config.model, config.revision)) is not None:
+        print(adapter, file=sys.stderr)
     if says and (notice := attention_notice(model, config.attn_implementation)) is not None:
         print(notice, file=sys.stderr)
     budget = 16384 if config.tokens_per_batch == "auto" else config.tokens_per_batch

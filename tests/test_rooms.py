@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 """Room -> the rooms below it. Nobody looks up: train and precompute do not know each other, the store knows nobody."""
 
-FACE = {f"precompute.scorer{module}" for module in ("", ".api", ".packing", ".decoder")}
+FACE = {f"precompute.scorer{module}" for module in ("", ".api", ".packing", ".adapter", ".decoder")}
 """Of the shared room: names of its choices, what needs torch, what needs numpy alone, what loads torch when it is asked."""
 
 

@@ -97,7 +97,10 @@ class TrainConfig:
     policy: Annotated[
         str | None,
         Option(
-            "Model to train: folder or hub id.", MODEL, default="the store's reference model", instead_of=("revision", "tokenizer")
+            "Model to train: folder or hub id, of an adapter too.",
+            MODEL,
+            default="the store's reference model",
+            instead_of=("revision", "tokenizer"),
         ),
     ] = None
     """None: where the store's model was loaded from then."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from precompute.scorer.adapter import adapter_of
 from precompute.scorer.decoder import lazy_decoder
 from store.errors import InputError, StoreError
 from store.manifest import Identity, shown
@@ -77,6 +78,8 @@ def plan(config: TrainConfig, world: int, check: str = "none") -> Plan:
     policy = policy_of(config, store.identity)
     for option, name in (("--policy", policy.name), ("--tokenizer", policy.tokenizer)):
         refuse_missing_folder(option, name, store)
+    if Path(policy.name).is_dir():  # of a hub's, whoever loads it says what is wrong
+        adapter_of(policy.name)
     batch = config.per_device_train_batch_size * accumulation * world
     refuse_contradictions(config, policy.dtype, accumulation, batch)
     course = record.started(config, store.identity, asdict(policy), max_length, batch) | {

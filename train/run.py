@@ -28,6 +28,7 @@ from trl import DPOConfig
 
 import devices
 from launch import Process, launched
+from precompute.scorer.adapter import adapter_of
 from precompute.scorer.api import (
     attention_notice,
     load_model,
@@ -117,6 +118,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         device=args.device,
         attn_implementation=config.attn_implementation,
     )
+    if (adapter := adapter_of(policy.name, policy.revision)) is not None:
+        say(adapter)
     if (unusual := attention_notice(model, config.attn_implementation)) is not None:
         say(unusual)
     if config.layout == "padded":

@@ -1,6 +1,6 @@
 """The face of this room: all that both phases use of it. What stands behind is imported here and nowhere else outside.
 
-Needs torch; packing.py, which needs numpy alone, is the other half of the face.
+Needs torch; packing.py, which needs numpy alone, and adapter.py, which needs nothing, are the rest of the face.
 """
 
 from precompute.scorer.attention import (

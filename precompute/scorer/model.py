@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
+from precompute.scorer.adapter import Adapter, adapter_of, merged
 from store.errors import InputError
 
 VOLATILE_CONFIG = {
@@ -29,6 +30,10 @@ def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Pat
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same cause
+        if (adapter := adapter_of(name, revision)) is not None:
+            raise InputError(
+                "there is no tokenizer beside the adapter", where=name, next=f"Give --tokenizer {adapter.base}"
+            ) from error
         raise _not_loadable("tokenizer", name, revision, error) from error
     if chat_template is not None:
         try:
@@ -41,11 +46,31 @@ def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Pat
 def load_model(
     name: str, *, revision: str | None, dtype: str, device: torch.device, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """The causal language model in evaluation mode on `device`. Raises InputError, also when a weight is missing from the checkpoint.
+    """The causal language model in evaluation mode on `device`, an adapter merged into its base. Raises InputError, also when a weight is
+    missing from the checkpoint.
 
     `attn_implementation`: of the plain forward, by transformers' name. None: PyTorch's scaled dot product attention (sdpa), or eager where
     transformers has no other for this architecture, which `attention_notice` says.
     """
+    adapter = adapter_of(name, revision)
+    if adapter is None:
+        model = _whole_model(name, revision, dtype, attn_implementation)
+    else:
+        model = merged(load_base(adapter, dtype=dtype, attn_implementation=attn_implementation), adapter)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_base(adapter: Adapter, *, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model that an adapter belongs to, without it, on the CPU. Raises InputError."""
+    try:
+        return _whole_model(adapter.base, adapter.base_revision, dtype, attn_implementation)
+    except InputError as error:
+        raise InputError(
+            f"the base of the adapter: {error.what}", where=adapter.name, found=adapter.base, next=error.next
+        ) from error
+
+
+def _whole_model(name: str, revision: str | None, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -65,7 +90,7 @@ def load_model(
             found=f"no {', '.join(absent[:3])}",
             next="Use a complete causal-language-model checkpoint.",
         )
-    return model.to(device).eval().requires_grad_(False)
+    return model
 
 
 def attention_notice(model: PreTrainedModel, asked: str | None) -> str | None:
@@ -107,7 +132,10 @@ def weights_sha256(model: PreTrainedModel) -> str:
 
 
 def config_sha256(name: str, revision: str | None = None) -> str:
-    """Hash of config.json without the entries that do not change the numbers: a changed RoPE or window is another model. Raises InputError."""
+    """Hash of config.json without the entries that do not change the numbers: a changed RoPE or window is another model. An adapter's is that of
+    its base. Raises InputError."""
+    if (adapter := adapter_of(name, revision)) is not None:
+        name, revision = adapter.base, adapter.base_revision
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except Exception as error:
