@@ -92,7 +92,7 @@ def test_a_tokenizer_that_is_not_at_hand_is_one_line_that_names_the_option(path,
     ):
         result = inspect(*words)
         assert result.exit_code == 2 and result.output.startswith("Error: ") and result.output.count("\n") == 1
-        assert "acme/tiny: no tokenizer can be loaded" in result.output and "pass --tokenizer" in result.output
+        assert result.output.startswith("Error: acme/tiny: no tokenizer can be loaded") and "pass --tokenizer" in result.output
     assert not (tmp_path / "out.parquet").exists()
     make_tokenizer().save_pretrained(tmp_path / "other")
     result = inspect("--sql", "from texts", "--tokenizer", str(tmp_path / "other"))
@@ -105,7 +105,7 @@ def test_a_query_goes_on_after_one_that_could_not_decode(path, tmp_path):
         raise InputError("no tokenizer")
 
     connection = connect(path, decode=refuse)
-    with pytest.raises(InputError, match="no tokenizer"):
+    with pytest.raises(InputError, match="^no tokenizer"):
         write_parquet(connection, "from texts", tmp_path / "x.parquet")
     with pytest.raises(InputError, match="Views: pairs, completions, tokens, texts"):
         run(connection, "select nothing from texts")
