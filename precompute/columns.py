@@ -92,6 +92,28 @@ def noticed(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -
     return [name for name in names if name.lower() in NOTICED and name not in kept and name not in options.ignore]
 
 
+def beside(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -> list[str]:
+    """Columns that are not scored, in their order: the store keeps those of one value per row. One that is to be ignored is none."""
+    return [name for name in names if name not in kept and name not in options.ignore]
+
+
+def source_type(type_: pa.DataType) -> str | None:
+    """What a column beside the scored ones is kept as, a key of store.schema.SOURCE_TYPES; None for one that holds no single values."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        return "string"
+    if pa.types.is_integer(type_) and type_ != pa.uint64():
+        return "int64"
+    if pa.types.is_floating(type_):
+        return "double"
+    if pa.types.is_boolean(type_):
+        return "bool"
+    if pa.types.is_date(type_):
+        return "date"
+    return "timestamp" if pa.types.is_timestamp(type_) and type_.tz is None else None
+
+
 def has_content(values: pa.Array | pa.ChunkedArray) -> bool:
     """Whether any value says something: not null, not an empty text or list."""
     type_ = values.type

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from default_store import default_histogram, default_store, preset_of, refuse_taken
-from options import FILE, FOLDER, Day, IntegerOrAuto, Option, Rate
+from options import FILE, Day, IntegerOrAuto, Option, Rate
 from precompute.scorer import AttentionKernel, Layout
 from presets import PRESETS, Preset
 from store import DTYPES
@@ -38,7 +38,11 @@ class ColumnOptions:
     as_conversation: Annotated[bool, Option("Plain texts become turns: user (prompt) and assistant (answers).", DATA)] = False
     ignore: Annotated[
         tuple[str, ...],
-        Option("A column that looks like part of the prompt and is not; repeatable.", DATA, flags=("--ignore-column",)),
+        Option(
+            "A column that looks like part of the prompt and is not, or that the store need not keep; repeatable.",
+            DATA,
+            flags=("--ignore-column",),
+        ),
     ] = ()
 
     def named(self) -> dict[str, str]:
@@ -135,13 +139,12 @@ class PrecomputeConfig(StoreConfig):
         Option("With --layout padded; packed has its own.", SPEED, default="sdpa, or eager where a model has no sdpa"),
     ] = None
     reuse: Annotated[
-        Path | None,
+        tuple[Path, ...],
         Option(
-            "Another store, of the dataset before it was mended or extended: pairs that are the same are taken from it.",
+            "Another store of the same model: pairs that it has, at this max length or a longer one, are taken from it; repeatable.",
             STORE,
-            type=FOLDER,
         ),
-    ] = None
+    ] = ()
     show: Annotated[
         Show,
         Option(

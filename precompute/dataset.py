@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetNotFoundError
 
-from precompute.columns import CONTEXT, ColumnOptions, canonical, has_content, noticed, refuse_unused, scored
+from precompute.columns import CONTEXT, ColumnOptions, beside, canonical, has_content, noticed, refuse_unused, scored, source_type
 from precompute.files import check_complete, find_files, local_files, one_kind
 from precompute.pairs import ROLES, TURN_FIELDS
-from precompute.reading import JSON_SUFFIX, NOTICED_SUFFIX, read_files
+from precompute.reading import BESIDE_SUFFIX, JSON_SUFFIX, LEFT_OUT_SUFFIX, NOTICED_SUFFIX, read_files
 from store.errors import InputError
 
 # Stretches of a table that are hashed and checked at a time: memory stays flat whatever the dataset's size.
@@ -34,6 +34,10 @@ class Rows:
 
     table: datasets.Dataset
     options: ColumnOptions = field(default_factory=ColumnOptions)
+    beside: datasets.Dataset | None = None
+    """The source's columns of one value per row that are not scored, under its own names."""
+    left_out: tuple[str, ...] = ()
+    """Its other columns."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -156,15 +160,19 @@ def load_rows(
         table = table.select(range(min(limit, len(table))))
     if not len(table):
         raise InputError("the dataset has no rows", where=where)
-    rows = Rows(table, options)
+    names = table.column_names
+    besides = {name: name.removesuffix(BESIDE_SUFFIX) for name in names if name.endswith(BESIDE_SUFFIX)}
+    left_out = [name for name in names if name.endswith(LEFT_OUT_SUFFIX)]
+    beside = table.select_columns(list(besides)).rename_columns(besides) if besides else None
+    table = table.remove_columns([*besides, *left_out])
+    rows = Rows(table, options, beside, tuple(name.removesuffix(LEFT_OUT_SUFFIX) for name in left_out))
     column_kinds(rows)
     first = _first_row(rows)
     if said:
         refuse_unused(rows.column_names, [name.removesuffix(NOTICED_SUFFIX) for name in said], first, where)
     if "prompt" not in first:  # answers that hold their prompt: the messages beside them are bookkeeping
-        rows = Rows(
-            table.select_columns([name for name in table.column_names if name.removesuffix(JSON_SUFFIX) not in CONTEXT]), options
-        )
+        names = [name for name in table.column_names if name.removesuffix(JSON_SUFFIX) not in CONTEXT]
+        rows = replace(rows, table=table.select_columns(names))
     pa.default_memory_pool().release_unused()  # converting a large file leaves tens of MB in Arrow's pool
     return rows
 
@@ -255,7 +263,11 @@ def _named_columns(rows: datasets.Dataset, options: ColumnOptions, source: str) 
         name: any(has_content(table.column(name)) for table in rows.select_columns([name]).with_format("arrow").iter(64))
         for name in seen
     }
-    table = rows.select_columns(list(kept)).rename_columns(kept)
+    others = {name: source_type(rows.data.schema.field(name).type) for name in beside(rows.column_names, kept, options)}
+    besides = [name for name, kind in others.items() if kind is not None]
+    table = rows.select_columns([*kept, *besides]).rename_columns(kept | {name: name + BESIDE_SUFFIX for name in besides})
+    for name in others.keys() - set(besides):
+        table = table.add_column(name + LEFT_OUT_SUFFIX, pa.nulls(len(table)))
     for name, says_something in says.items():
         table = table.add_column(name + NOTICED_SUFFIX, pa.repeat(says_something, len(table)))
     return table

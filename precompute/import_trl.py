@@ -18,9 +18,10 @@ from precompute.pairs import Pair, tokenize_rows
 from precompute.scorer.api import TOLERANCE, score, self_test
 from precompute.scorer.packing import Sequence
 from precompute.shard import shard_of
+from precompute.source_columns import Beside, SourceColumns
 from precompute.worker import load_inputs
 from store.errors import InputError
-from store.folder import missing_shards, prepare_store
+from store.folder import missing_shards, prepare_store, settle_source_columns
 from store.manifest import Identity, Manifest, ShardReport
 from store.schema import SCHEMA, SUMS_ONLY, without_token_logps
 from store.seal import seal
@@ -57,12 +58,14 @@ def import_trl(
     _check_numbers(model, config.dtype, pairs, cached, num_pairs, cache)
     command = config.command()
     prepare_store(config.ref_store, identity, command)
+    offered = SourceColumns.of(rows)
+    beside = Beside(rows, offered, settle_source_columns(config.ref_store, offered.columns))
     missing = set(missing_shards(config.ref_store, identity))
     first = 0
     for index, block in enumerate(blocks):
         stop = first + len(block.pairs)
         if index in missing:
-            publish_shard(config.ref_store, identity, *_shard(identity, index, block, cached[first:stop]), {})
+            publish_shard(config.ref_store, identity, *_shard(identity, index, block, cached[first:stop], beside), {})
         first = stop
         if progress is not None:
             progress(index + 1, len(blocks))
@@ -117,10 +120,12 @@ def _check_numbers(model: PreTrainedModel, dtype: str, pairs: list[Pair], cached
         )
 
 
-def _shard(identity: Identity, index: int, block, sums: np.ndarray) -> tuple[ShardReport, pa.Table]:
+def _shard(identity: Identity, index: int, block, sums: np.ndarray, beside: Beside) -> tuple[ShardReport, pa.Table]:
     """`sums`: float64 [pairs, 2], chosen and rejected."""
     unknown = [[np.zeros(len(ids), np.float32) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in block.pairs]
-    report, table = shard_of(identity, index, block, [each[0] for each in unknown], [each[1] for each in unknown], model_tokens=0)
+    report, table = shard_of(
+        identity, index, block, [each[0] for each in unknown], [each[1] for each in unknown], 0, *beside.of(block)
+    )
     for side, name in enumerate(NAMES):
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), pa.array(sums[:, side], pa.float64()))
     return report, without_token_logps(table)

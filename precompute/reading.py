@@ -21,7 +21,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 from datasets.builder import Key
 
-from precompute.columns import ColumnOptions, has_content, noticed, says_something, scored
+from precompute.columns import ColumnOptions, beside, has_content, noticed, says_something, scored, source_type
 from precompute.files import COMPRESSIONS, kind_of
 from precompute.pairs import TURN_FIELDS
 from store.errors import InputError
@@ -31,6 +31,9 @@ JSON_SUFFIX = ".json"
 
 NOTICED_SUFFIX = "?"
 """Of a column that says whether the column of that name holds anything."""
+
+BESIDE_SUFFIX, LEFT_OUT_SUFFIX = "+", "-"
+"""Of a column that is not scored and has one value per row, and of one that has not (whose values are not kept)."""
 
 BYTES_PER_TABLE = 16 << 20
 
@@ -75,7 +78,7 @@ def read_files(files: list[Path], options: ColumnOptions, source: str) -> datase
     """The rows of all `files`, which are of one kind, in order. InputError names the file and line that cannot be read."""
     # Under a name of its own: the cache must not serve what another version read differently.
     builder = Files(
-        dataset_name="refdpo-rows-2",
+        dataset_name="refdpo-rows-3",
         data_files={"rows": [str(file.absolute()) for file in files]},
         options=options,
         sizes=tuple(file.stat().st_size for file in files),
@@ -106,10 +109,14 @@ class _Parquet:
                 f"a column is of another type than in {files[0].name}: {str(error).splitlines()[0]}", where=odd
             ) from error
         self.files, self.noticed = files, noticed(names, self.kept, options)
-        self.read = pa.schema([found.field(name) for name in self.kept])
+        others = {name: _common_type(schemas, name) for name in beside(names, self.kept, options)}
+        beside_them = {name: type_ for name, type_ in others.items() if type_ is not None}
+        self.left_out = [name for name, type_ in others.items() if type_ is None]
+        self.read = pa.schema([*(found.field(name) for name in self.kept), *beside_them.items()])
         self.schema = pa.schema(
-            [pa.field(self.kept[each.name], each.type) for each in self.read]
+            [pa.field(self.kept.get(each.name, each.name + BESIDE_SUFFIX), each.type) for each in self.read]
             + [pa.field(name + NOTICED_SUFFIX, pa.bool_()) for name in self.noticed]
+            + [pa.field(name + LEFT_OUT_SUFFIX, pa.null()) for name in self.left_out]
         )
 
     def tables(self) -> Iterator[pa.Table]:
@@ -117,7 +124,20 @@ class _Parquet:
         for file in self.files:
             rows = pyarrow.dataset.dataset([str(file)], schema=self.read, format="parquet")
             for batch in rows.to_batches(batch_size=1024, batch_readahead=2, fragment_readahead=1):
-                yield pa.table([*batch.columns, *(pa.repeat(each, len(batch)) for each in holds)], schema=self.schema)
+                more = [pa.repeat(each, len(batch)) for each in holds] + [pa.nulls(len(batch))] * len(self.left_out)
+                yield pa.table([*batch.columns, *more], schema=self.schema)
+
+
+def _common_type(schemas: list[pa.Schema], name: str) -> pa.DataType | None:
+    """The type of a column that is not scored; None if it cannot be kept, or the files do not agree."""
+    types = [_plain_type(schema.field(name).type) for schema in schemas if schema.get_field_index(name) >= 0]
+    if any(schema.names.count(name) > 1 for schema in schemas):
+        return None
+    try:
+        found = pa.unify_schemas([pa.schema([(name, type_)]) for type_ in types], promote_options="permissive").field(name).type
+    except pa.ArrowException:
+        return None
+    return found if source_type(found) is not None else None
 
 
 def _agree(one: pa.Schema, other: pa.Schema) -> bool:
@@ -169,8 +189,10 @@ class _Csv:
                 raise InputError(f"other columns than in {files[0].name}", where=file, expected=self.headers[0], found=header)
         self.kept = scored(self.headers[0], options, f"--dataset {source}")
         self.noticed = noticed(self.headers[0], self.kept, options)
+        self.beside = beside(self.headers[0], self.kept, options)
         self.schema = pa.schema(
             [pa.field(name, pa.string()) for name in self.kept.values()]
+            + [pa.field(name + BESIDE_SUFFIX, pa.string()) for name in self.beside]
             + [pa.field(name + NOTICED_SUFFIX, pa.bool_()) for name in self.noticed]
         )
 
@@ -178,6 +200,7 @@ class _Csv:
         for file, header in zip(self.files, self.headers, strict=True):
             for rows in _in_tables(self._rows(file, header), lambda row: sum(map(len, row.values()))):
                 columns = {self.kept[name]: [row[name] for row in rows] for name in self.kept}
+                columns |= {name + BESIDE_SUFFIX: [row[name] for row in rows] for name in self.beside}
                 columns |= {name + NOTICED_SUFFIX: [bool(row[name].strip()) for row in rows] for name in self.noticed}
                 yield pa.table(columns, schema=self.schema)
 
@@ -215,6 +238,7 @@ class _Json:
         names: dict[str, None] = {}
         self.saying: set[str] = set()
         shapes: dict[str, object] = {}
+        others: dict[str, set[type]] = {}
         for file in files:
             for line, row in _json_rows(file, unique=True):
                 for name, value in row.items():
@@ -224,18 +248,25 @@ class _Json:
                         self.saying.add(name)
                     if name in _CANDIDATES or name in options.named():
                         shapes[name] = _widened(shapes.get(name), value, f"{file}, line {line}, {name}")
+                    if value is not None:
+                        others.setdefault(name, set()).add(_single(value))
         if not names:
             raise InputError("the dataset has no rows", where=f"--dataset {source}")
         self.kept = scored(names, options, f"--dataset {source}")
         self.noticed = noticed(names, self.kept, options)
         types = {name: _arrow_type(shapes.get(name), turns=kind != "tools") for name, kind in self.kept.items()}
+        found = {name: _SINGLE.get(frozenset(others[name])) for name in beside(names, self.kept, options) if name in others}
+        self.beside = {name: type_ for name, type_ in found.items() if type_ is not None}
+        self.left_out = [name for name, type_ in found.items() if type_ is None]
         self.as_text = {name for name, type_ in types.items() if type_ is None}
         self.schema = pa.schema(
             [
                 pa.field(kind + JSON_SUFFIX, pa.string()) if name in self.as_text else pa.field(kind, types[name])
                 for name, kind in self.kept.items()
             ]
+            + [pa.field(name + BESIDE_SUFFIX, type_) for name, type_ in self.beside.items()]
             + [pa.field(name + NOTICED_SUFFIX, pa.bool_()) for name in self.noticed]
+            + [pa.field(name + LEFT_OUT_SUFFIX, pa.null()) for name in self.left_out]
         )
 
     def tables(self) -> Iterator[pa.Table]:
@@ -247,8 +278,37 @@ class _Json:
                 if name in self.as_text:
                     values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
                 columns.append(_array(values, column.type, [where for where, _ in block]))
+            for name, type_ in self.beside.items():
+                values = [row.get(name) for _, row in block]
+                if type_ == pa.float64():
+                    values = [None if value is None else float(value) for value in values]
+                columns.append(pa.array(values, type_))
             columns += [pa.repeat(name in self.saying, len(block)) for name in self.noticed]
+            columns += [pa.nulls(len(block))] * len(self.left_out)
             yield pa.table(columns, schema=self.schema)
+
+
+_SINGLE = {
+    frozenset({str}): pa.string(),
+    frozenset({int}): pa.int64(),
+    frozenset({float}): pa.float64(),
+    frozenset({int, float}): pa.float64(),
+    frozenset({bool}): pa.bool_(),
+}
+"""Kinds that occur in a column that is not scored -> the type that it is kept in."""
+
+
+def _single(value: object) -> type:
+    """The kind of a single value; `object` for what Arrow has no place for as it is: lists, objects, half characters, huge numbers."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+            return str
+        except UnicodeEncodeError:
+            return object
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int if -(2**63) <= value < 2**63 else object
+    return type(value) if isinstance(value, bool | float) else object
 
 
 _CANDIDATES = frozenset({"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "messages", "conversations"})

@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from precompute.pairs import Pair, TokenizedRows
 from store.manifest import Identity, ShardReport, Unscorable
-from store.schema import DATASET, SCHEMA
+from store.schema import DATASET, SCHEMA, SourceColumn
 
 
 def shard_of(
@@ -15,8 +15,11 @@ def shard_of(
     chosen: list[np.ndarray],
     rejected: list[np.ndarray],
     model_tokens: int,
+    source_columns: tuple[SourceColumn, ...] = (),
+    source: pa.Table | None = None,
 ) -> tuple[ShardReport, pa.Table]:
-    """`chosen`, `rejected`: float32 [completion tokens] in nats for each of `tokens.pairs`; `model_tokens`: positions that the model computed."""
+    """`chosen`, `rejected`: float32 [completion tokens] in nats for each of `tokens.pairs`; `model_tokens`: positions that the model computed;
+    `source`: what the source has in `source_columns`, a row for each pair."""
     rows = identity.rows_of(index)
     report = ShardReport(
         index=index,
@@ -29,10 +32,13 @@ def shard_of(
         num_prompt_tokens=sum(len(pair.prompt_ids) for pair in tokens.pairs),
         num_completion_tokens=sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in tokens.pairs),
         model_tokens=model_tokens,
+        source_columns=source_columns or None,
     )
     table = _table(tokens.pairs, chosen, rejected)
     if identity.datasets is not None:
         table = table.append_column(DATASET, pa.array([identity.dataset_of(pair.row) for pair in tokens.pairs], DATASET.type))
+    for column in source_columns:
+        table = table.append_column(column.field, source[column.name])
     return report, table
 
 

@@ -30,7 +30,7 @@ from precompute.dataset import JoinedRows, Rows, check_and_fingerprint, load_row
 from precompute.pairs import TokenizedRows, check_rows, tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, shard_costs
 from precompute.progress import Progress, say_where_it_goes_on
-from precompute.reuse import Known
+from precompute.reuse import Reused, noted
 from precompute.scorer.adapter import adapter_of
 from precompute.scorer.api import (
     SCORER_VERSION,
@@ -56,10 +56,11 @@ from precompute.scorer.api import (
 )
 from precompute.sealed import checkpoint_stamp, is_complete, weights_known
 from precompute.shard import shard_of
+from precompute.source_columns import Beside, SourceColumns
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
 from store.errors import InputError
-from store.folder import missing_shards, prepare_store, refuse_non_store, stored_identity
+from store.folder import missing_shards, prepare_store, refuse_non_store, settle_source_columns, stored_identity
 from store.manifest import MAX_SHARDS, DatasetPart, Identity, Manifest, ShardReport, manifest_path
 from store.seal import seal
 from store.shard import part_name, parts_in, publish_shard
@@ -91,8 +92,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     use_compiler(config.torch_compile, layout=config.layout)
     # What an earlier run left, seen before this run's other workers can add to it: they do not wait for this one.
     before, sealed = parts_in(config.ref_store), manifest_path(config.ref_store).exists()
-    if config.reuse is not None:
-        refuse_non_store(config.reuse)
+    for store in config.reuse:
+        refuse_non_store(store)
     # Before the weights are read, for files may change meanwhile; a hub's do not, and asking for a model that is not there takes its time.
     early = Path(config.model).is_dir() or manifest_path(config.ref_store).exists()
     stamp = checkpoint_stamp(config.model, config.revision) if early else None
@@ -100,7 +101,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
     command = config.command()
-    known = None if config.reuse is None else Known(config.reuse, identity, config.ref_store)
+    known = Reused(config.reuse, identity, config.ref_store)
     prepare_store(config.ref_store, identity, command)
     if identity.datasets is not None:  # in the store's own words, should this run spell a path otherwise
         identity = replace(identity, datasets=stored_identity(config.ref_store).datasets)
@@ -114,6 +115,10 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         return Manifest.load(manifest_path(config.ref_store))
     if says and (adapter := adapter_of(config.model, config.revision)) is not None:
         print(adapter, file=sys.stderr)
+    offered = SourceColumns.of(rows)
+    beside = Beside(rows, offered, settle_source_columns(config.ref_store, offered.columns))
+    if says and (notice := offered.notice(beside.kept)):
+        print(notice, file=sys.stderr)
     if says and (notice := attention_notice(model, config.attn_implementation)) is not None:
         print(notice, file=sys.stderr)
     budget = 16384 if config.tokens_per_batch == "auto" else config.tokens_per_batch
@@ -127,6 +132,14 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         if says:
             print(f"--tokens-per-batch auto: {budget:,}", file=sys.stderr)
 
+    checked = known.check(model, identity, layout=config.layout, tokens_per_batch=config.tokens_per_batch)
+    for each in checked if says else ():
+        if each["num_pairs"]:
+            print(
+                f"--reuse {each['store']}: {each['num_pairs']} of its pairs scored again are off by {each['mean_token_difference']:.1e} nats per "
+                f"token, {each['max_token_difference']:.1e} at most",
+                file=sys.stderr,
+            )
     provenance = {
         "worker": f"{socket.gethostname()}:{process.rank}",
         "host": socket.gethostname(),
@@ -146,7 +159,9 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         try:
             while missing and not stop.soon:
                 for held, index, tokens in _tokenize_ahead(ahead, config, identity, rows, tokenizer, missing, claims, stop):
-                    report, columns, timing = _score_shard(model, config, identity, index, tokens, claims, progress, stop, known)
+                    report, columns, timing = _score_shard(
+                        model, config, identity, index, tokens, claims, progress, stop, known, beside
+                    )
                     if writing is not None:
                         writing.result()
                     writing = behind.submit(_publish, config.ref_store, identity, report, columns, provenance | timing, held)
@@ -163,8 +178,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
             for held in claims:  # of this worker's shards only those not published still have one
                 held.release()
     progress.close()
-    if known is not None and config.show == "text":
-        print(f"{known.num_found:,} pairs were taken from {config.reuse}, as they are the same there", file=sys.stderr)
+    for store in known.stores if config.show == "text" else ():
+        print(f"{store.num_found:,} pairs were taken from {store.store}, as they are the same there", file=sys.stderr)
     if missing:
         done = identity.num_shards - len(missing_shards(config.ref_store, identity))
         raise stop.error(f"{done} of {identity.num_shards} shards are done", config.ref_store)
@@ -175,6 +190,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "torch_compile": config.torch_compile,
         "threads_per_worker": torch.get_num_threads(),
         "command": command.to_json(),
+        **({"reuse_checked": checked} if checked else {}),
         "checkpoint_stamp": stamp or checkpoint_stamp(config.model, config.revision),
     }
     # One worker seals, the others wait for it: sealing reads every footer. Without the claim all of them would, at the same moment.
@@ -348,10 +364,13 @@ def _score_shard(
     claims: list[Claim],
     progress,
     stop: StopRequest,
-    known: Known | None,
+    known: Reused,
+    beside: Beside,
 ) -> tuple[ShardReport, pa.Table, dict]:
     started, waited = time.time(), progress.shard_started()
-    reused = known.find(tokens.pairs) if known is not None else {}
+    reused, by_store = known.find(tokens.pairs)
+    if reused:
+        tokens.counts["reused"], tokens.examples["reused"] = len(reused), noted(by_store)
     fresh = [place for place in range(len(tokens.pairs)) if place not in reused]
     sequences = [sequence for place in fresh for sequence in tokens.pairs[place].sequences]
     token_logps: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
@@ -370,10 +389,13 @@ def _score_shard(
         "waited": waited,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "reused": by_store,
     }
     of_pair = reused | dict(zip(fresh, zip(token_logps[0::2], token_logps[1::2], strict=True), strict=True))
     sides = [of_pair[place] for place in range(len(tokens.pairs))]
-    report, table = shard_of(identity, index, tokens, [each[0] for each in sides], [each[1] for each in sides], model_tokens)
+    report, table = shard_of(
+        identity, index, tokens, [each[0] for each in sides], [each[1] for each in sides], model_tokens, *beside.of(tokens)
+    )
     return report, table, timing
 
 

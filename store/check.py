@@ -15,10 +15,10 @@ below one nat). Any float64 summation order is far inside it; a float32 sum is f
 
 def problems(table: pa.Table, identity: Identity, report: ShardReport) -> list[str]:
     """What is wrong with a shard's table, in sentences that name row and column; empty when nothing is. One per column and kind."""
-    expected = schema_of(identity)
+    expected = schema_of(identity, report.source_columns)
     if not table.schema.equals(expected):
         return [_schema_problem(table.schema, expected)]
-    table = table.combine_chunks()
+    table = table.select(schema_of(identity).names).combine_chunks()  # the source's own may hold anything
     # Versions before this one filled an imported store with means; readers pass those off as unknown too.
     unknown = identity.sums_only and all(_all_unknown(_column(table, name)) for name in TOKEN_LOGPS)
     checked = [name for name in table.column_names if not (unknown and name in TOKEN_LOGPS)]

@@ -126,7 +126,7 @@ def _blocks(store: Store, progress: Callable[[int, int], None], names: tuple[str
 
 def _jsonl(store: Store, folder: Path, progress) -> list[str]:
     with open(folder / "pairs.jsonl", "w", encoding="utf-8") as file:
-        for table in _blocks(store, progress, tuple(schema_of(store.identity).names)):
+        for table in _blocks(store, progress, tuple(schema_of(store.identity, store.source_columns).names)):
             file.writelines(json.dumps(pair, ensure_ascii=False, allow_nan=False) + "\n" for pair in table.to_pylist())
     (folder / "manifest.json").write_bytes(store.manifest.to_bytes())
     notes = [f"{store.num_pairs:,} lines with the columns of docs/store-format.md; manifest.json says what made them"]

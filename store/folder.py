@@ -2,12 +2,14 @@
 
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from store import disk, record
 from store.command import Command, cli
 from store.errors import InputError, StoreError
 from store.manifest import MANIFEST, Identity, Manifest, check_same, manifest_path
+from store.schema import SourceColumn
 from store.shard import part_name, parts_in, read_footer
 
 IDENTITY_NOTE = "identity.json"
@@ -15,6 +17,10 @@ IDENTITY_NOTE = "identity.json"
 
 COMMAND_NOTE = "command.json"
 """Beside it: the command that last went on with the store. A sealed store has it in its manifest's provenance."""
+
+
+SOURCE_COLUMNS_NOTE = "source_columns.json"
+"""And the dataset's own columns that its shards keep."""
 
 
 def prepare_store(store: Path, identity: Identity, command: Command | None = None) -> None:
@@ -60,6 +66,46 @@ def stored_identity(store: Path) -> Identity | None:
             return Manifest.load(manifest_path(store)).identity  # sealed this moment, and the note removed under us
     parts = parts_in(store)
     return read_footer(parts[0])[0] if parts else None
+
+
+def stored_source_columns(store: Path) -> tuple[SourceColumn, ...]:
+    """The columns of the source that a store keeps, sealed or not; none in a store of an earlier version."""
+    if manifest_path(store).exists():
+        return Manifest.load(manifest_path(store)).source_columns or ()
+    if parts := parts_in(store):
+        return read_footer(parts[0])[1].source_columns or ()
+    note = store / disk.STAGING / SOURCE_COLUMNS_NOTE
+    return record.build(_Noted, record.parse(record.read(note), note), note).columns if note.exists() else ()
+
+
+def settle_source_columns(store: Path, offered: tuple[SourceColumn, ...]) -> tuple[SourceColumn, ...]:
+    """Which columns of the source every shard of the unsealed store at `store` keeps: those that its first worker found. InputError if one of
+    them is not in `offered` any more, for the shards of a store have the same columns."""
+    note = store / disk.STAGING / SOURCE_COLUMNS_NOTE
+    try:
+        if not parts_in(store) and not note.exists():
+            staged = disk.staging_path(store, SOURCE_COLUMNS_NOTE, "tmp")
+            disk.write_new(staged, record.canonical(_Noted(offered)) + b"\n")
+            disk.publish(staged, note)  # the first worker's stays
+    except OSError as error:
+        if not manifest_path(store).exists():
+            raise disk.refusal(error, store) from error
+    settled = stored_source_columns(store)
+    if gone := [column for column in settled if column not in offered]:
+        raise InputError(
+            f"the dataset no longer has the column {', '.join(f'{each.name} ({each.type})' for each in gone)}, which the store keeps",
+            where=store,
+            found=", ".join(f"{each.name} ({each.type})" for each in offered) or "no such column",
+            next="Put it back, or choose another --ref-store and add --reuse with this store.",
+        )
+    return settled
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What the note of an unsealed store holds."""
+
+    columns: tuple[SourceColumn, ...]
 
 
 def stored_command(store: Path) -> Command | None:

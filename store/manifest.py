@@ -15,7 +15,7 @@ from typing import Any
 from store import DTYPES, record
 from store.command import Command, cli
 from store.errors import StoreError
-from store.schema import FORMAT_VERSION, SUMS_ONLY
+from store.schema import FORMAT_VERSION, SUMS_ONLY, SourceColumn
 
 MANIFEST = "_manifest.json"
 """File whose presence means: this store is sealed. Readers of whole folders (pandas, pyarrow, Spark, …) skip names that begin with `_` or `.`; any other name
@@ -149,6 +149,8 @@ class Totals:
     num_completion_tokens: int
     model_tokens: int
     """Positions the model computed for them; fewer than prompt + chosen + prompt + rejected where the prompt is shared."""
+    source_columns: tuple[SourceColumn, ...] | None = field(default=None, kw_only=True, metadata=record.OPTIONAL)
+    """The dataset's own columns, kept beside the numbers: the last ones of the table, in this order. The same in every shard."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def totals_of(reports: list[ShardReport]) -> Totals:
         unscorable=tuple(each for report in reports for each in report.unscorable),
         counts=dict(counts),
         examples=examples,
+        source_columns=reports[0].source_columns if reports else None,
         **{name: sum(getattr(report, name) for report in reports) for name in sums},
     )
 

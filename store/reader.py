@@ -22,7 +22,7 @@ from store.errors import StoreError
 from store.folder import missing_shards, refuse_non_store, stored_identity
 from store.integrity import Check, advice, damage
 from store.manifest import Identity, Manifest, manifest_path
-from store.schema import DATASET, SCHEMA, schema_of, without_token_logps
+from store.schema import DATASET, SCHEMA, SourceColumn, schema_of, without_token_logps
 from store.seal import unsealed
 from store.shard import in_stretches
 
@@ -93,6 +93,11 @@ class Store:
         """TOKEN_COUNTS of all pairs, in the order of positions. Kept: a million pairs are 12 MB."""
         return self.columns(TOKEN_COUNTS)
 
+    @property
+    def source_columns(self) -> tuple[SourceColumn, ...]:
+        """The dataset's own columns that the store keeps."""
+        return self.manifest.source_columns or ()
+
     def lengths(self) -> pa.Table:
         """SHORT_COLUMNS of all pairs, in the order of positions; the long columns are not touched."""
         return self.columns(SHORT_COLUMNS)
@@ -106,16 +111,16 @@ class Store:
 
         def of_stretch(shards: Sequence[int]) -> pa.Table:
             # One chunk: thousands of small tables take more memory than what is in them.
-            return _table(names, map(of_shard, shards)).combine_chunks()
+            return self._joined(names, map(of_shard, shards)).combine_chunks()
 
-        return _table(names, in_stretches(of_stretch, range(len(self.manifest.shards))))
+        return self._joined(names, in_stretches(of_stretch, range(len(self.manifest.shards))))
 
     def read(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """The pairs at `positions` (0 … num_pairs - 1, in the order of rows), in the order asked; a position may repeat.
 
         Reads only the row groups concerned. IndexError for a position outside the store.
         """
-        names = list(columns) if columns is not None else schema_of(self.identity).names
+        names = list(columns) if columns is not None else schema_of(self.identity, self.source_columns).names
         wanted: dict[int, list[tuple[int, int]]] = {}  # shard -> [(row in shard, place in the answer)]
         for place, position in enumerate(positions):
             shard, row = self._locate(int(position))
@@ -125,7 +130,7 @@ class Store:
             tables += self._rows(shard, sorted(rows), names)
             places += [place for _, place in sorted(rows)]
         order = sorted(range(len(places)), key=places.__getitem__)
-        return _table(names, tables).take(pa.array(order, pa.int64())).combine_chunks()
+        return self._joined(names, tables).take(pa.array(order, pa.int64())).combine_chunks()
 
     def _locate(self, position: int) -> tuple[int, int]:
         """(shard, row inside the shard) of one pair."""
@@ -153,6 +158,12 @@ class Store:
         """Without the token log-probs that earlier versions made up for imported stores."""
         return without_token_logps(table) if self.identity.sums_only else table
 
+    def _joined(self, names: Sequence[str], tables: Iterable[pa.Table]) -> pa.Table:
+        """The tables below each other; an empty table of the right columns if there are none."""
+        found = [table.select(names).replace_schema_metadata() for table in tables]
+        known = pa.schema([*SCHEMA, DATASET, *(column.field for column in self.source_columns)])
+        return pa.concat_tables(found) if found else pa.schema([known.field(name) for name in names]).empty_table()
+
     def _path_of(self, shard: int) -> Path:
         return self.path / self.manifest.shards[shard].name
 
@@ -169,10 +180,3 @@ class Store:
             raise StoreError(
                 "cannot be read", where=path, found=reason, next=advice(self.path, self.manifest, path.name)
             ) from error
-
-
-def _table(names: Sequence[str], tables: Iterable[pa.Table]) -> pa.Table:
-    """The tables below each other; an empty table of the right columns if there are none."""
-    found = [table.select(names).replace_schema_metadata() for table in tables]
-    known = SCHEMA.append(DATASET)
-    return pa.concat_tables(found) if found else pa.schema([known.field(name) for name in names]).empty_table()

@@ -9,7 +9,7 @@ tokenizer. Each token of it is shaded by its log-prob, or by how far the other s
 import base64
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from store.reader import Store, open_store
 from store.report_page import render
 from store.report_pictures import compared, pictures
 from store.schema import COUNTS, SUMS_ONLY_NOTE
+from store.sql import quoted
 from store.text import Decode, pieces
 
 TOKENS_SAMPLED = 2048
@@ -56,6 +57,17 @@ select count(*) as num_pairs,
     quantile_disc(num_chosen_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as chosen,
     quantile_disc(num_rejected_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as rejected
 from pairs
+"""
+
+GROUPS = 12
+"""Values of a column of the source that are shown, the most frequent first. A column with more than GROUPS_AT_MOST is no grouping."""
+
+GROUPS_AT_MOST = 100
+
+BY_SOURCE = """
+select beside.{column}::varchar as value, count(*) as num_pairs, median(num_chosen_tokens) as chosen, median(num_rejected_tokens) as rejected,
+    avg((margin > 0)::int) as prefers, avg((mean_margin > 0)::int) as mean_prefers, median(margin) as margin, median(mean_margin) as mean_margin
+from pairs join beside using (row) group by all order by num_pairs desc, value
 """
 
 JOINED = """
@@ -121,6 +133,8 @@ class Facts:
     extremes: tuple[Extreme, ...]
     pictures: dict[str, bytes]
     """File name -> PNG."""
+    groups: tuple[tuple[str, tuple[dict, ...], int], ...] = ()
+    """(column of the source, its most frequent values with what is known of their pairs, how many values it has)."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,7 @@ def report(path: Path, folder: Path, decode: Decode | None = None, other: Path |
             facts.summary,
             _extremes(connection, store, decode),
             pictures(connection, store.identity.max_length, note is None),
+            tuple(_groups(connection, store)),
         )
     if other_store is not None:
         comparison = _compare(connection, store, other_store, decode)
@@ -182,6 +197,19 @@ def _connect(store: Store) -> duckdb.DuckDBPyConnection:
     connection.register("sampled", store.read(_sampled(store.num_pairs), ["pair_id", "chosen_token_logps", "rejected_token_logps"]))
     connection.execute(VALUES)
     return connection
+
+
+def _groups(connection: duckdb.DuckDBPyConnection, store: Store) -> Iterator[tuple[str, tuple[dict, ...], int]]:
+    """The columns of the source by which the pairs fall into groups: texts and truth values, of few kinds."""
+    names = [column.name for column in store.source_columns if column.type in ("string", "bool")]
+    if not names:
+        return
+    connection.register("beside", store.columns(["row", *names]))
+    for name in names:
+        column = quoted(name)
+        (count,) = connection.execute(f"select count(distinct {column}) from beside").fetchall()[0]
+        if 2 <= count <= GROUPS_AT_MOST and 2 * count <= store.num_pairs:
+            yield name, tuple(_all(connection, f"{BY_SOURCE.format(column=column)} limit {GROUPS}")), count
 
 
 def _sampled(num_pairs: int) -> list[int]:
@@ -238,11 +266,17 @@ def _read(
         "chosen_token_logps",
         "rejected_token_logps",
     ]
-    pairs = _pairs_of_rows(store, [each["row"] for each in found], names)
+    beside = [column.name for column in store.source_columns]
+    pairs = _pairs_of_rows(store, [each["row"] for each in found], [*names, *beside])
     others = [None] * len(pairs) if other is None else _pairs_of_rows(other, [each["other_row"] for each in found], names)
     return tuple(
         each
         | pair
+        | {
+            "source": {
+                column.name: _end(str(pair[column.name])) for column in store.source_columns if pair[column.name] is not None
+            }
+        }
         | {"prompt": _end(decode(pair["prompt_ids"]) if decode is not None else " ".join(map(str, pair["prompt_ids"])))}
         | {side: _completion(pair, side, decode, there) for side in ("chosen", "rejected")}
         for each, pair, there in zip(found, pairs, others, strict=True)

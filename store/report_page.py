@@ -100,7 +100,7 @@ Higher there, overlined: {% for step in change_steps %}<i class="u{{ loop.index 
 <details><summary>row {{ pair.row }}: {{ pair.value|number }} nats
 <span class="mute">chosen {{ pair.ref_chosen_logps|number }} over {{ pair.num_chosen_tokens|number }} tokens,
 rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|number }}</span></summary>
-<p class="mute">pair_id {{ pair.pair_id }}</p><pre>{{ pair.prompt }}</pre>
+<p class="mute">pair_id {{ pair.pair_id }}{% for name, value in pair.source.items() %} · {{ name }}: {{ value }}{% endfor %}</p><pre>{{ pair.prompt }}</pre>
 <div class="sides"><div><b>chosen</b><pre class="chosen">{{ completion(pair.chosen) }}</pre></div>
 <div><b>rejected</b><pre class="rejected">{{ completion(pair.rejected) }}</pre></div></div></details>
 {% endfor %}
@@ -138,6 +138,15 @@ rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|n
 {{ picture("logprob_by_position.png", "Per token, by position in the completion (a sample of the pairs)") }}
 {% endif %}
 </div>
+{% for column, rows, count in facts.groups %}
+<h2>By {{ column }}</h2>
+<div class="wide"><table><tr><th></th><th>pairs</th><th>chosen, tokens</th><th>rejected</th><th>prefers chosen, sum</th><th>per token</th><th>margin, nats</th><th>per token</th></tr>
+{% for each in rows %}
+<tr><td>{{ "(null)" if each.value is none else each.value }}</td><td>{{ each.num_pairs|number }}</td><td>{{ each.chosen|number }}</td><td>{{ each.rejected|number }}</td><td>{{ each.prefers|share }}</td><td>{{ each.mean_prefers|share }}</td><td>{{ each.margin|number }}</td><td>{{ each.mean_margin|number }}</td></tr>
+{% endfor %}
+</table></div>
+<p class="mute">Lengths and margins are medians.{% if count > rows|length %} {{ rows|length }} of {{ count }} values.{% endif %}</p>
+{% endfor %}
 {% else %}
 <p>The store has no pair: no row could be scored.</p>
 {% endif %}

@@ -1,5 +1,8 @@
 """The columns of a shard: names, Arrow types, units. docs/store-format.md says the same for readers in other languages."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import pyarrow as pa
 
 FORMAT_VERSION = 1
@@ -35,9 +38,48 @@ DATASET = pa.field("dataset", pa.string(), nullable=False)
 """Last column of a store of several datasets: which one the pair is from, by the name it was asked for."""
 
 
-def schema_of(identity) -> pa.Schema:
-    """The columns of a store: SCHEMA, and DATASET where it has several."""
-    return SCHEMA if identity.datasets is None else SCHEMA.append(DATASET)
+SOURCE_TYPES = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "double": pa.float64(),
+    "bool": pa.bool_(),
+    "date": pa.date32(),
+    "timestamp": pa.timestamp("us"),
+}
+"""What a column of the source may hold: one value per row."""
+
+RESERVED = frozenset(
+    [*SCHEMA.names, DATASET.name]
+    + ["side", "completion_ids", "ref_logps", "num_tokens", "truncated", "token_logps"]
+    + ["position", "token_id", "token", "logp", "prompt", "chosen", "rejected"]
+)
+"""Names that the store and its SQL views use themselves."""
+
+
+@dataclass(frozen=True)
+class SourceColumn:
+    """A column of the dataset that is not scored, kept beside the numbers: dataset_source, chosen_model, a score. Nullable. It is no part of the
+    identity, for no number depends on it."""
+
+    name: str
+    type: str
+    """A key of SOURCE_TYPES."""
+
+    def __post_init__(self):
+        if self.type not in SOURCE_TYPES:
+            raise ValueError(f"type of {self.name!r} must be one of {', '.join(SOURCE_TYPES)}, is {self.type!r}")
+        if self.name.lower() in RESERVED:
+            raise ValueError(f"{self.name!r} is a column of the store's own")
+
+    @property
+    def field(self) -> pa.Field:
+        return pa.field(self.name, SOURCE_TYPES[self.type])
+
+
+def schema_of(identity, source: Iterable[SourceColumn] | None = None) -> pa.Schema:
+    """The columns of a store: SCHEMA, DATASET where it has several, and those of the source."""
+    own = SCHEMA if identity.datasets is None else SCHEMA.append(DATASET)
+    return pa.schema([*own, *(column.field for column in source or ())])
 
 
 SUMS_ONLY_NOTE = "imported: sums only; the log-probs of its tokens are unknown (null)"
@@ -64,6 +106,7 @@ COUNTS = {
     "null_content": "a turn whose content is null",
     "turn_not_rendered": "the chat template drops or rewrites a turn",
     "doubled_end": "plain text that ends with two end-of-text tokens: the tokenizer appends its own to the one that TRL adds",
+    "reused": "pairs whose log-probs were taken from another store (--reuse) instead of scored",
     "special_token_in_content": "text that contains a special token's spelling is tokenized as that token",
 }
 """What happened to how many rows: shown after precompute and by `inspect`, kept in footers and manifest with one example each."""

@@ -24,6 +24,7 @@ from store.manifest import (
     rerun,
     totals_of,
 )
+from store.schema import SourceColumn
 from store.shard import Sidecar, in_stretches, part_name, read_footer
 
 
@@ -44,6 +45,10 @@ def seal(store: Path, identity: Identity, provenance: dict[str, Any], preset: st
     check_same(manifest.identity, identity, manifest_path(store))
     shutil.rmtree(store / disk.STAGING, ignore_errors=True)
     return manifest
+
+
+def _names(columns: tuple[SourceColumn, ...] | None) -> str:
+    return ", ".join(f"{column.name} ({column.type})" for column in columns or ()) or "none"
 
 
 def unsealed(store: Path, identity: Identity, missing: list[int]) -> StoreError:
@@ -82,6 +87,15 @@ def _write_manifest(store: Path, identity: Identity, provenance: dict[str, Any],
 
     described = list(chain.from_iterable(in_stretches(describe, paths)))
     totals = totals_of([report for report, _, _ in described])
+    for path, (report, _, _) in zip(paths, described, strict=True):
+        if report.source_columns != totals.source_columns:
+            raise StoreError(
+                "holds other columns of the source than the first shard",
+                where=path,
+                expected=_names(totals.source_columns),
+                found=_names(report.source_columns),
+                next="Delete the file and run precompute again.",
+            )
     if not totals.num_pairs:
         raise _no_pairs(store, totals)
     manifest = Manifest(
@@ -147,6 +161,11 @@ def _added_up(shards: list[tuple[ShardReport, Sidecar | None]]) -> dict[str, Any
     total["tokens_per_second"] = sum(report.model_tokens for report, _ in timed) / seconds if seconds > 0 else None
     for name in ("worker", "host", "device", "tokens_per_batch"):
         total[f"shards_by_{name}"] = dict(Counter(str(each[name]) for _, each in known if name in each))
+    reused = Counter()
+    for _, each in known:
+        reused.update(each.get("reused", {}))
+    if reused:
+        total["reused"] = dict(reused)
     versions = {record.canonical(each["versions"]): each["versions"] for _, each in known if "versions" in each}
     total["versions"] = [versions[key] for key in sorted(versions)]
     total["started"] = min((each["started"] for _, each in known if "started" in each), default=None)

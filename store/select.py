@@ -30,20 +30,25 @@ class Selection:
     pair_ids_sha256: str
     """Of the training pairs' ids, one a line, in this order: equal hashes mean the same pairs in the same order."""
     eval_pair_ids_sha256: str
+    where_file: str | None = None
+    """What the file of a further condition is called and holds."""
 
     @property
     def everything(self) -> bool:
-        return self.where is None and self.order_by is None and self.eval_fraction is None
+        return self.where is None and self.where_file is None and self.order_by is None and self.eval_fraction is None
 
     def to_json(self) -> dict:
         """For a run's records: conditions, counts and hashes instead of the positions."""
         plain = {name: value for name, value in vars(self).items() if name not in ("train", "eval")}
+        if self.where_file is None:
+            del plain["where_file"]
         return {"num_train": len(self.train), "num_eval": len(self.eval), **plain}
 
     def __str__(self) -> str:
         chosen = len(self.train) + len(self.eval)
         text = f"{chosen:,} of {self.num_pairs:,} pairs"
         text += f" where {self.where}" if self.where is not None else ""
+        text += f"{' and' if self.where is not None else ' where'} {self.where_file} says so" if self.where_file is not None else ""
         text += f"; {len(self.eval):,} of them held back to evaluate on" if self.eval_fraction is not None else ""
         text += f"; in the order of {self.order_by}" if self.order_by is not None else ""
         return f"{text} (pair_ids sha256 {self.pair_ids_sha256[:12]})"
@@ -55,8 +60,10 @@ def select(
     order_by: str | None = None,
     eval_fraction: float | None = None,
     decode: Decode | None = None,
+    where_file: Path | None = None,
 ) -> Selection:
-    """Choose pairs of the sealed store at `store`. With `decode`, conditions may ask for text.
+    """Choose pairs of the sealed store at `store`. With `decode`, conditions may ask for text. `where_file` holds a condition more, or one pair_id a
+    line.
 
     `where` and `order_by` are what follows these words in SQL over the view `pairs`; ties keep the store's order. A pair is held
     back if
@@ -67,14 +74,21 @@ def select(
     connection = connect(store, threads=1, decode=decode)  # with several, `limit` among equals picks another row each time
     everything = fetch(connection, "select row, pair_id from pairs order by row", store)
     given = " ".join(f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by)) if sql is not None)
-    if sums_only(store) and re.search(r"token_logps|\blogp\b", given, re.IGNORECASE):
+    listed = _Listed.read(where_file) if where_file is not None else None
+    if listed is not None:
+        given = f"--where-file {where_file} {given}".strip()
+        connection.execute("create temp table listed as select unnest(?::varchar[]) as pair_id", [list(listed.pair_ids)])
+    asked = f"{given} {listed.condition if listed is not None else ''}"
+    if sums_only(store) and re.search(r"token_logps|\blogp\b", asked, re.IGNORECASE):
         raise InputError(
             f"asks for log-probs of single tokens, which {store} does not have: it was imported and has sums only",
             where=given,
             next="Use ref_chosen_logps, ref_rejected_logps and the counts.",
         )
     if given:
-        query = f"select row, pair_id from pairs {_clause('where', where)} order by {_part(order_by, ', ')}row"
+        conditions = [sql for sql in (where, listed.condition if listed is not None else None) if sql is not None]
+        both = "\n) and (".join(conditions) if conditions else None
+        query = f"select row, pair_id from pairs {_clause('where', both)} order by {_part(order_by, ', ')}row"
         chosen = fetch(connection, query, given)
         if chosen != fetch(connection, query, given):
             raise InputError(
@@ -106,7 +120,40 @@ def select(
         eval_fraction=eval_fraction,
         pair_ids_sha256=_hash(train),
         eval_pair_ids_sha256=_hash(evaluate),
+        where_file=None if listed is None else listed.described({pair_id for _, pair_id in everything}),
     )
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a file of --where-file holds."""
+
+    name: str
+    sha256: str
+    condition: str
+    pair_ids: tuple[str, ...] = ()
+
+    def described(self, known: set[str]) -> str:
+        """`known`: the store's pair_ids."""
+        if not self.pair_ids:
+            return f"{self.name} (sha256 {self.sha256[:12]})"
+        absent = len(set(self.pair_ids) - known)
+        return f"{self.name} ({len(self.pair_ids):,} pair_ids, {absent:,} of them not in the store; sha256 {self.sha256[:12]})"
+
+    @classmethod
+    def read(cls, path: Path) -> "_Listed":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot be read: {error}", where=f"--where-file {path}") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise InputError("holds nothing", where=f"--where-file {path}", expected="one pair_id a line, or a SQL condition")
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        if all(re.fullmatch("[0-9a-f]{32}", line) for line in lines):
+            ids = tuple(dict.fromkeys(lines))
+            return cls(path.name, sha256, "pair_id in (select pair_id from listed)", ids)
+        return cls(path.name, sha256, text)
 
 
 def _clause(word: str, sql: str | None) -> str:

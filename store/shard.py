@@ -149,7 +149,11 @@ def read_footer(path: Path) -> tuple[Identity, ShardReport]:
         raise StoreError("shard of another format", where=path, expected=f"format_version {FORMAT_VERSION}", found=version)
     identity = Identity.from_json(record.parse(metadata[IDENTITY_KEY], path), path)
     report = record.build(ShardReport, record.parse(metadata[REPORT_KEY], path), path)
-    if not schema.equals(schema_of(identity)) or footer.num_rows != report.num_pairs or path.name != part_name(report.index):
+    if (
+        not schema.equals(schema_of(identity, report.source_columns))
+        or footer.num_rows != report.num_pairs
+        or path.name != part_name(report.index)
+    ):
         raise StoreError(
             "footer and file disagree",
             where=path,

@@ -34,10 +34,10 @@ import pyarrow.parquet
 
 from store import disk
 from store.errors import InputError, RefdpoError
-from store.folder import refuse_non_store, stored_identity
+from store.folder import refuse_non_store, stored_identity, stored_source_columns
 from store.manifest import manifest_path
 from store.reader import open_store
-from store.schema import DATASET, SCHEMA, schema_of
+from store.schema import SCHEMA, schema_of
 from store.shard import finished_shards, part_name
 from store.text import Decode, Vocabulary
 
@@ -66,7 +66,7 @@ create view tokens as
         unnest(range(num_tokens)) as position, unnest(completion_ids) as token_id, {token}unnest(token_logps) as logp{which}
     from completions;
 """
-"""`which`: the column that a store of several datasets has more; `token`: the text of one, where it can be decoded."""
+"""`which`: what a store of several datasets, and of a dataset with columns of its own, has more; `token`: the text of one, where it can be decoded."""
 
 TOKEN = "text_of_token(unnest(completion_ids)) as token, "
 
@@ -101,7 +101,7 @@ def connect(path: Path, threads: int | None = None, decode: Decode | None = None
     with damaged or foreign shards.
     """
     files = [str(file) for file in readable_shards(path)]
-    schema = schema_of(stored_identity(Path(path))) if files else SCHEMA
+    schema = schema_of(stored_identity(Path(path)), stored_source_columns(Path(path))) if files else SCHEMA
     connection = duckdb.connect(config={"threads": threads} if threads else {})
     if files:
         pairs = pyarrow.dataset.dataset(files, schema=schema, format="parquet", filesystem=pyarrow.fs.LocalFileSystem())
@@ -112,7 +112,7 @@ def connect(path: Path, threads: int | None = None, decode: Decode | None = None
         connection.execute(SUMS_ONLY_PAIRS)
     else:
         connection.register("pairs", pairs)
-    which = f", {DATASET.name}" if DATASET.name in schema.names else ""
+    which = "".join(f", {quoted(name)}" for name in schema.names if name not in SCHEMA.names)
     if decode is not None:
         _decoding[connection] = _Decoding(decode)
         _decoding[connection].register(connection)
@@ -121,6 +121,11 @@ def connect(path: Path, threads: int | None = None, decode: Decode | None = None
         connection.execute(TEXTS.format(which=which))
     connection.execute(LOCK)
     return connection
+
+
+def quoted(name: str) -> str:
+    """A column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 class _Decoding:

@@ -40,6 +40,9 @@ def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> li
             found += errors
             if progress is not None:
                 progress(done, len(intact))
+    others = {report.source_columns for report in reports} - {manifest.source_columns}
+    if others:
+        found.append(StoreError("the shards keep different columns of the source", where=path))
     if len(reports) == len(manifest.shards):  # else the sums cannot agree, and the reason is listed already
         found += _totals(path, manifest, totals_of(reports))
     return found

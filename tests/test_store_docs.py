@@ -52,7 +52,7 @@ def test_identity():
 
 
 def test_manifest(path):
-    rows = rows_of_table(section("_manifest.json"))
+    rows = [row for row in rows_of_table(section("_manifest.json")) if "or absent" not in row[1]]
     assert sorted(name for row in rows for name in names(row[0])) == sorted(json.loads((path / MANIFEST).read_text()))
     documented = {row[0].strip("`"): names(row[1]) for row in rows}
     assert documented["shards"] == [field.name for field in dataclasses.fields(ShardFile)]

@@ -82,6 +82,10 @@ class TrainConfig:
         str | None, Option("Train only on pairs for which this SQL condition over the store's columns holds.", PAIRS)
     ] = None
     """Evaluation with `eval_fraction` is on these alone too."""
+    where_file: Annotated[
+        Path | None,
+        Option("File with one pair_id a line, or with such a condition, that must hold too.", PAIRS, type=FILE),
+    ] = None
     order_by: Annotated[str | None, Option("SQL order to train in, such as 'num_chosen_tokens', instead of shuffling.", PAIRS)] = (
         None
     )
