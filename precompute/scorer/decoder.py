@@ -2,14 +2,16 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from store.errors import InputError
-from store.folder import stored_identity
-from store.manifest import Identity
 from store.text import Decode
 
+if TYPE_CHECKING:  # pyarrow: not for `--help`
+    from store.manifest import Identity
 
-def decoder_of(identity: Identity, name: str | None = None) -> Decode | None:
+
+def decoder_of(identity: "Identity", name: str | None = None) -> Decode | None:
     """Ids to text with the store's tokenizer; `name`: a copy of it. None (and a line that says so) where it is not at hand and none was
     named. InputError for a tokenizer that is not the store's."""
     try:
@@ -25,6 +27,8 @@ def decoder_of(identity: Identity, name: str | None = None) -> Decode | None:
 
 def lazy_decoder(store: Path, name: str | None = None) -> Decode:
     """The same for the store at `store`; the tokenizer is loaded when it is called first. InputError then, if it is not at hand."""
+    from store.folder import stored_identity
+
     loaded: list[Decode] = []
 
     def decode(ids: list[int]) -> str:
@@ -39,7 +43,7 @@ class _NotAtHand(InputError):
     """There is no tokenizer of this name here."""
 
 
-def _load(identity: Identity, name: str | None) -> Decode:
+def _load(identity: "Identity", name: str | None) -> Decode:
     from precompute.scorer.model import load_tokenizer, tokenizer_sha256  # torch: only where there is something to decode
 
     try:
