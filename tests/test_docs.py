@@ -221,6 +221,16 @@ def test_each_index_lists_every_page_of_its_folder(index):
     assert {page.name for page in (ROOT / index).parent.glob("*.md")} - {"README.md"} <= listed
 
 
+def test_targets_of_make_exist():
+    targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()) | {".venv"}
+    named = {
+        name
+        for page in MARKDOWN
+        for name in re.findall(r"(?:`|^ {4}|^)make (?:\w+=[^\s`]+ )*([a-z.][\w-]*)", page.read_text(), re.MULTILINE)
+    }
+    assert {"demo", "test", "gpu", ".venv"} <= named <= targets, named - targets
+
+
 def test_links_and_files_named_exist():
     for page in PAGES:
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
