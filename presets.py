@@ -1,6 +1,8 @@
-"""The presets think | instruct | demo: dataset, model, lengths and OLMo 3's hyperparameters.
+"""The presets: dataset, model, lengths and hyperparameters.
 
-Hyperparameters are the user's table for OLMo 3 7B. docs/olmo3.md states where it differs from AI2's own launch scripts.
+think and instruct are the table of a group that replicates OLMo 3's DPO. think-ai2, instruct-ai2, think-32b and instruct-32b are what AI2's launch
+scripts ran (github.com/allenai/open-instruct, scripts/train/olmo3/{7b,32b}_{think,instruct}_dpo.sh; arXiv 2512.13961, table 48), as far as this
+project goes: `note` and docs/olmo3.md say where it stops. demo needs no download.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,19 @@ class Preset:
     """Pairs per optimizer step over all processes."""
     per_device_train_batch_size: int = 1
     gradient_checkpointing: bool = True
+    max_grad_norm: float = 1.0
+    """0: gradients are not clipped."""
+    chat_template_sha256: str | None = None
+    """Of the text of the template that --chat-template must give; None: the tokenizer's own, or any."""
+    chat_template_source: str = ""
+    """Where that text is."""
+    note: str = ""
+    """One line, printed when a run starts: what the user may not expect."""
 
+
+_NOT_AI2 = "{name} is not the run that AI2 made: that one has {theirs}, no clipping, and scores all assistant turns: {name}-ai2, docs/olmo3.md"
+
+_AI2 = "{name} differs from AI2's run in one thing: of rows with several assistant turns, those that both sides share are not scored (docs/olmo3.md)"
 
 PRESETS = {
     preset.name: preset
@@ -45,6 +59,9 @@ PRESETS = {
             model="allenai/Olmo-3-7B-Think-SFT",
             max_length=8192,
             dtype="bfloat16",
+            note=_NOT_AI2.format(
+                name="think", theirs="learning rate 8e-8 instead of 1e-6, max length 16,384 instead of 8,192, another chat template"
+            ),
         ),
         Preset(
             name="instruct",
@@ -53,6 +70,7 @@ PRESETS = {
             model="allenai/Olmo-3-7B-Instruct-SFT",
             max_length=2048,
             dtype="bfloat16",
+            note=_NOT_AI2.format(name="instruct", theirs="max length 16,384 instead of 2,048"),
         ),
         Preset(
             name="demo",
@@ -66,6 +84,50 @@ PRESETS = {
             effective_batch_size=8,
             per_device_train_batch_size=2,
             gradient_checkpointing=False,
+        ),
+        Preset(
+            name="think-ai2",
+            dataset="allenai/Dolci-Think-DPO-7B",
+            split="train",
+            model="allenai/Olmo-3-7B-Think-SFT",
+            max_length=16384,
+            dtype="bfloat16",
+            learning_rate=8e-8,
+            max_grad_norm=0.0,
+            chat_template_sha256="6d549883b5ed12879e191845c256a30c7dfd4eced0a4f160060a3ea0199d9e3a",
+            chat_template_source="`olmo_thinker` in open_instruct/dataset_transformation.py of allenai/open-instruct at commit 68da0a1",
+            note=_AI2.format(name="think-ai2"),
+        ),
+        Preset(
+            name="instruct-ai2",
+            dataset="allenai/Dolci-Instruct-DPO",
+            split="train",
+            model="allenai/Olmo-3-7B-Instruct-SFT",
+            max_length=16384,
+            dtype="bfloat16",
+            max_grad_norm=0.0,
+            note=_AI2.format(name="instruct-ai2"),
+        ),
+        Preset(
+            name="think-32b",
+            dataset="allenai/Dolci-Think-DPO-32B",
+            split="train",
+            model="allenai/Olmo-3-32B-Think-SFT",
+            max_length=8192,
+            dtype="bfloat16",
+            learning_rate=7e-8,
+            max_grad_norm=0.0,
+            note=_AI2.format(name="think-32b"),
+        ),
+        Preset(
+            name="instruct-32b",
+            dataset="allenai/Dolci-Instruct-DPO",
+            split="train",
+            model="allenai/Olmo-3.1-32B-Instruct-SFT",
+            max_length=8192,
+            dtype="bfloat16",
+            max_grad_norm=0.0,
+            note=_AI2.format(name="instruct-32b"),
         ),
     )
 }

@@ -1,5 +1,6 @@
 """What phase 1 and its desk tools are told: each field is an option (options.py). What is not given comes from the preset, or is asked for."""
 
+import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,7 +65,7 @@ class Source:
     dataset: Annotated[
         tuple[str, ...],
         Option(
-            "think | instruct | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md. Repeated: all of them.",
+            "think | instruct | think-ai2 | instruct-ai2 | think-32b | instruct-32b | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md. Repeated: all of them.",
             DATA,
         ),
     ]
@@ -213,11 +214,36 @@ class AnalyzeConfig(Source):
                 where=f"--dataset {dataset}",
                 next=f"Add it, or use a preset: {', '.join(PRESETS)}.",
             )
+        if preset is not None:
+            refuse_other_template(preset, given.get("chat_template"))
         given["split"] = given["split"] or (preset.split if preset else "train")
         max_lengths = {*MAX_LENGTHS, *given["max_lengths"], *([preset.max_length] if preset else [])}
         given |= {"max_lengths": tuple(sorted(max_lengths)), "dataset": preset.dataset if preset else dataset}
         given["png"] = given["png"] or default_histogram(dataset)
         return cls(name=dataset, **given)
+
+
+def refuse_other_template(preset: Preset, chat_template: Path | None) -> None:
+    """InputError unless the file is the chat template that `preset` asks for. Its text is not ours to ship."""
+    if preset.chat_template_sha256 is None:
+        return
+    where = f"--dataset {preset.name}"
+    next_ = f"It is the text of {preset.chat_template_source}: write it to a file without a line break at its end, and pass --chat-template FILE."
+    if chat_template is None:
+        raise InputError("needs the chat template of AI2's DPO step, which is not the checkpoint's own", where=where, next=next_)
+    try:
+        data = chat_template.read_bytes()
+    except OSError as error:
+        raise InputError(f"the chat template cannot be read: {error}", where=f"--chat-template {chat_template}") from error
+    if (found := hashlib.sha256(data).hexdigest()) != preset.chat_template_sha256:
+        stripped = hashlib.sha256(data.rstrip(b"\r\n")).hexdigest() == preset.chat_template_sha256
+        raise InputError(
+            f"not the chat template of {where}" + (": it is, but for the line break at its end" if stripped else ""),
+            where=f"--chat-template {chat_template}",
+            expected=f"sha256 {preset.chat_template_sha256}",
+            found=found,
+            next=next_,
+        )
 
 
 def completed(given: dict[str, Any]) -> tuple[Preset | None, dict[str, Any]]:
@@ -232,6 +258,8 @@ def completed(given: dict[str, Any]) -> tuple[Preset | None, dict[str, Any]]:
     defaults: dict[str, Any] = {"split": "train"}
     if preset is not None:
         defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype")}
+    if preset is not None:
+        refuse_other_template(preset, given.get("chat_template"))
     for name, value in defaults.items():
         given[name] = value if given[name] is None else given[name]
     missing = [f"--{name.replace('_', '-')}" for name in ("model", "max_length", "dtype") if given[name] is None]

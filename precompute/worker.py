@@ -57,6 +57,7 @@ from precompute.scorer.api import (
 from precompute.sealed import checkpoint_stamp, is_complete, weights_known
 from precompute.shard import shard_of
 from precompute.source_columns import Beside, SourceColumns
+from presets import PRESETS
 from stop import StopRequest, listening
 from store.claim import Claim, claim, claim_sealing
 from store.errors import InputError
@@ -88,6 +89,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     where = devices.device(process.local_rank)
     if config.show == "text" and process.rank == 0:
         print(devices.describe(where, process.world), file=sys.stderr)
+        if (preset := PRESETS.get(config.preset or "")) is not None and preset.note:
+            print(preset.note, file=sys.stderr)
     use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=config.dtype)
     use_compiler(config.torch_compile, layout=config.layout)
     # What an earlier run left, seen before this run's other workers can add to it: they do not wait for this one.

@@ -143,7 +143,7 @@ class TrainConfig:
     max_steps: Annotated[int | None, Option("Stop after so many optimizer steps.", OPTIMIZATION, at_least=1)] = None
     """Whatever `num_train_epochs` says."""
     weight_decay: Annotated[float, Option(group=OPTIMIZATION)] = 0.0
-    max_grad_norm: Annotated[float, Option(group=OPTIMIZATION)] = 1.0
+    max_grad_norm: Annotated[float, Option("0: no clipping.", OPTIMIZATION, default="1, or the preset's")] = 1.0
     per_device_train_batch_size: Annotated[
         int,
         Option("Pairs per forward on each device.", OPTIMIZATION, default=usual("per_device_train_batch_size"), at_least=1),

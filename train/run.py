@@ -40,6 +40,7 @@ from precompute.scorer.api import (
     use_compiler,
     use_kernel,
 )
+from presets import PRESETS
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
 from store.errors import InputError
@@ -92,6 +93,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         eval_pairs = dataset_of(planned.eval_store, planned.max_length, config.ld_alpha, planned.eval)
     if notice := beta_notice(config):
         say(notice)
+    if (preset := PRESETS.get(store.manifest.preset)) is not None and preset.note:
+        say(preset.note)
     if not planned.selection.everything:
         say(str(planned.selection))
     if len(pairs) < len(planned.selection.train):

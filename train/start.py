@@ -24,6 +24,7 @@ OF_PRESET = (
     "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_checkpointing",
+    "max_grad_norm",
 )
 
 
