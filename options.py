@@ -7,6 +7,7 @@ that is itself a dataclass stands for its fields. A field without an Option is n
 """
 
 import inspect
+import json
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -113,6 +114,28 @@ class Numbers(click.ParamType):
             return tuple(float(each) for each in (value.split(",") if isinstance(value, str) else value))
         except (TypeError, ValueError) as error:
             raise InputError("not comma-separated numbers", where=f"{param.opts[0]} {value}") from error
+
+
+class JsonObject(click.ParamType):
+    """A JSON object, or the mapping that a file has."""
+
+    name = "JSON"
+
+    def convert(self, value, param, ctx):
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"{value!r} is not JSON: {error}.", param, ctx)
+        if not isinstance(value, dict):
+            self.fail(f'{value!r} is not a JSON object such as {{"power": 2}}.', param, ctx)
+        return {name: self._number(each) for name, each in value.items()}
+
+    def _number(self, value):
+        """What a YAML file says is text."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
 
 
 class Day(click.DateTime):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from options import FILE, Numbers
+from options import FILE, JsonObject, Numbers
 from store.command import INSTALLED, cli
 from store.errors import InputError
 
@@ -157,7 +157,7 @@ class Command(click.Command):
                 value = option.flag_value
             if option.name in values:
                 raise InputError("given twice, and one counts", where=f"--config {path}: {key}", next="Leave one out.")
-            if isinstance(value, list | dict) and not option.multiple and not isinstance(option.type, Numbers):
+            if isinstance(value, list | dict) and not option.multiple and not isinstance(option.type, Numbers | JsonObject):
                 raise InputError("takes one value", where=f"--config {path}: {key}", found=json.dumps(value))
             values[option.name] = [value] if option.multiple and not isinstance(value, list) else value
         return values

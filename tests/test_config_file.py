@@ -24,7 +24,15 @@ REQUIRED = {
     "export": {"ref_store": "store", "format": "trl", "output": "out"},
 }
 WORDS = {"push": ["acme/x"], "pull": ["acme/x"]}
-VALUES = {"TEXT": "some-text", "INTEGER": "7", "FLOAT": "0.25", "FILE": "pairs.jsonl", "DIRECTORY": "store", "PATH": "store"}
+VALUES = {
+    "TEXT": "some-text",
+    "INTEGER": "7",
+    "JSON": '{"power": 2, "kind": "linear"}',
+    "FLOAT": "0.25",
+    "FILE": "pairs.jsonl",
+    "DIRECTORY": "store",
+    "PATH": "store",
+}
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import yaml
 from trl import DPOConfig
 
 from store.errors import InputError
-from train.config import FREE_ON_RESUME, LOSS_TYPES, LR_SCHEDULER_TYPES, ZERO2, TrainConfig, beta_notice, default_beta
+from train.choices import F_DIVERGENCES, F_LOSSES, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES
+from train.config import FREE_ON_RESUME, LOSS_TYPES, ZERO2, TrainConfig, beta_notice, default_beta
 from train.zero import refuse_contradictions
 
 GOOD = TrainConfig(
@@ -49,7 +50,38 @@ GOOD = TrainConfig(
         ({"save_strategy": "best"}, ["--save-strategy"]),
         ({"dtype": "bf16"}, ["bf16", "bfloat16"]),
         ({"eval_steps": 10}, ["--eval-ref-store"]),
-        ({"report_to": ("mlflow",)}, ["mlflow", "wandb"]),
+        ({"report_to": ("mlfow",)}, ["mlfow", "wandb", "mlflow"]),
+        ({"report_to": ("neptune",)}, ["--report-to neptune: not installed"]),
+        ({"warmup_steps": 10}, ["--warmup-steps, --warmup-ratio", "one of the two"]),
+        ({"warmup_steps": -1, "warmup_ratio": 0.0}, ["--warmup-steps", "0 or more"]),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, ["reduce_lr_on_plateau", "cosine"]),
+        ({"lr_scheduler_kwargs": {"power": 2}}, ["linear has no power", "none: it has no arguments"]),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, ["no cycles", "num_cycles"]),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, ["needs min_lr or min_lr_rate", """'{"min_lr_rate": 0.1}'"""]),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, ["needs num_decay_steps"]),
+        ({"optim": "adafactor"}, ["--optim", "adamw_torch"]),
+        ({"optim": "lion_32bit"}, ["--optim lion_32bit", "pip install bitsandbytes"]),
+        ({"optim": "sgd", "adam_beta2": 0.95}, ["--adam-beta2: has no effect on sgd"]),
+        ({"adam_beta1": 1.0}, ["--adam-beta1", "below 1"]),
+        ({"adam_epsilon": 0.0}, ["--adam-epsilon", "positive"]),
+        ({"f_divergence_type": "kl"}, ["--f-divergence-type", "forward_kl"]),
+        ({"loss_type": ("aot",), "f_divergence_type": "forward_kl"}, ["aot under reverse_kl alone", "sigmoid_norm"]),
+        ({"f_alpha_divergence_coef": 0.3}, ["belongs to --f-divergence-type alpha_divergence"]),
+        ({"load_best_model_at_end": True}, ["nothing to evaluate on"]),
+        ({"load_best_model_at_end": True, "eval_fraction": 0.1}, ["expected --save-strategy epoch", "saved by steps, every 500"]),
+        (
+            {"load_best_model_at_end": True, "eval_fraction": 0.1, "eval_steps": 200},
+            ["--save-steps a multiple of 200", "evaluated every 200 steps"],
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_fraction": 0.1, "save_strategy": "epoch", "save_only_model": True},
+            ["whole checkpoints alone"],
+        ),
+        ({"metric_for_best_model": "loss"}, ["belongs to --load-best-model-at-end"]),
+        (
+            {"metric_for_best_model": "accuracy", "load_best_model_at_end": True, "eval_fraction": 0.1},
+            ["--metric-for-best-model", "rewards/accuracies"],
+        ),
         ({"push_to_hub": True}, ["--hub-model-id"]),
         ({"hub_model_id": "me/x"}, ["--push-to-hub"]),
         ({"revision": "main"}, ["--policy"]),
@@ -170,7 +202,27 @@ def test_loss_types_are_those_of_trl():
 def test_schedules_are_those_of_transformers():
     from transformers.trainer_utils import SchedulerType
 
-    assert set(LR_SCHEDULER_TYPES) <= {schedule.value for schedule in SchedulerType}
+    assert set(SCHEDULES) <= {schedule.value for schedule in SchedulerType}
+
+
+def test_what_is_known_by_name_is_transformers_and_trls():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.training_args import OptimizerNames
+    from trl import DPOTrainer
+
+    assert set(REPORTERS) == set(INTEGRATION_TO_CALLBACK)
+    assert set(OPTIMIZERS) <= {each.value for each in OptimizerNames}
+    common = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    theirs = {kind.value: inspect.signature(function).parameters for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    for kind, names in SCHEDULES.items():
+        assert set(names) == theirs[kind].keys() - common
+        required = {name for name in names if theirs[kind][name].default is inspect.Parameter.empty}
+        assert required <= set(ONE_OF.get(kind, ()))
+    source = inspect.getsource(DPOTrainer)
+    assert all(f'self.f_divergence_type == "{name}"' in source for name in F_DIVERGENCES)
+    (listed,) = re.findall(r"f_divergence_loss_types = \{([^}]*)\}", source)
+    assert set(re.findall(r'"(\w+)"', listed)) == set(F_LOSSES)
 
 
 def test_every_setting_is_written_to_json_and_lists_become_tuples():

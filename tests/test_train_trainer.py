@@ -89,6 +89,8 @@ def test_every_loss_type_starts(world, settings, loss_type):
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
         {"ld_alpha": 0.3},
         {"max_length": 40},
+        {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3, "loss_type": ["sigmoid_norm"]},
     ],
     ids=lambda loss: " ".join(f"{name}={value}" for name, value in loss.items()),
 )

@@ -28,6 +28,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
+def model_only(checkpoint: Path) -> bool:
+    """Written with --save-only-model: the model is whole, and the states that a run goes on from are missing."""
+    return any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("global_step*"))
+
+
 def cut_short(path: Path) -> bool:
     """A checkpoint folder that a kill left incomplete."""
     return path.name.startswith("checkpoint-") and path.is_dir() and state_of(path) is None

@@ -3,15 +3,16 @@
 import importlib.util
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
-from options import FILE, STORE_TO_READ, Numbers, Option, StorePath
+from options import FILE, STORE_TO_READ, JsonObject, Numbers, Option, StorePath
 from precompute.scorer import AttentionKernel, Layout
 from presets import Preset
 from store import DTYPES
 from store.errors import InputError
+from train.choices import ADAMS, F_DIVERGENCES, F_LOSSES, METRICS, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES
 
 ZERO2 = Path(__file__).with_name("zero2.json")
 """The DeepSpeed configuration used unless another is given: stage 2, `auto` where the other options already say it."""
@@ -43,11 +44,6 @@ BETA = {"sigmoid_norm": 5.0}
 
 BETA_ELSE = 0.1
 """TRL's default, for all other losses: most compare sums over completions of some hundred tokens."""
-
-LR_SCHEDULER_TYPES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
-"""transformers' schedules that need no arguments of their own."""
-
-REPORTERS = ("wandb", "tensorboard")
 
 PAIRS, MODEL, LOSS, OPTIMIZATION, MACHINE, RECORDS = (
     "Pairs",
@@ -135,13 +131,40 @@ class TrainConfig:
     label_smoothing: Annotated[float, Option("For robust and exo_pair.", LOSS)] = 0.0
     ld_alpha: Annotated[float | None, Option("LD-DPO: weight of the tokens beyond the shorter completion.", LOSS)] = None
     """None: plain sums."""
+    f_divergence_type: Annotated[
+        str, Option("Of policy and reference, in the loss; for the losses of which TRL knows it.", LOSS, choices=F_DIVERGENCES)
+    ] = "reverse_kl"
+    f_alpha_divergence_coef: Annotated[float, Option("Alpha of alpha_divergence.", LOSS)] = 0.5
     use_weighting: Annotated[bool, Option("WPO: weigh pairs by how likely the policy is to write their completions.", LOSS)] = False
     learning_rate: Annotated[float, Option(group=OPTIMIZATION, default=usual("learning_rate"))]
     lr_scheduler_type: Annotated[str, Option(group=OPTIMIZATION, default=usual("lr_scheduler_type"))] = Preset.lr_scheduler_type
-    warmup_ratio: Annotated[float, Option(group=OPTIMIZATION, default=usual("warmup_ratio"))] = Preset.warmup_ratio
+    lr_scheduler_kwargs: Annotated[
+        dict[str, Any] | None,
+        Option("Arguments of the schedule: '{\"min_lr_rate\": 0.1}' of cosine_with_min_lr.", OPTIMIZATION, type=JsonObject()),
+    ] = None
+    warmup_ratio: Annotated[float, Option(group=OPTIMIZATION, default=usual("warmup_ratio"), instead_of=("warmup_steps",))] = (
+        Preset.warmup_ratio
+    )
+    """Share of all steps."""
+    warmup_steps: Annotated[
+        int | None, Option("Instead of --warmup-ratio.", OPTIMIZATION, at_least=0, instead_of=("warmup_ratio",))
+    ] = None
+    """With it `warmup_ratio` is 0."""
     num_train_epochs: Annotated[float, Option(group=OPTIMIZATION, default=usual("num_train_epochs"))] = Preset.num_train_epochs
     max_steps: Annotated[int | None, Option("Stop after so many optimizer steps.", OPTIMIZATION, at_least=1)] = None
     """Whatever `num_train_epochs` says."""
+    optim: Annotated[
+        str | None,
+        Option(
+            "transformers' name of the optimizer.",
+            OPTIMIZATION,
+            default="adamw_torch_fused, or --zero-config's",
+            choices=tuple(OPTIMIZERS),
+        ),
+    ] = None
+    adam_beta1: Annotated[float, Option(group=OPTIMIZATION)] = 0.9
+    adam_beta2: Annotated[float, Option(group=OPTIMIZATION)] = 0.999
+    adam_epsilon: Annotated[float, Option(group=OPTIMIZATION)] = 1e-8
     weight_decay: Annotated[float, Option(group=OPTIMIZATION)] = 0.0
     max_grad_norm: Annotated[float, Option("0: no clipping.", OPTIMIZATION, default="1, or the preset's")] = 1.0
     per_device_train_batch_size: Annotated[
@@ -196,8 +219,18 @@ class TrainConfig:
     save_steps: Annotated[int, Option(group=RECORDS, at_least=1)] = 500
     save_total_limit: Annotated[int | None, Option("Keep so many of the newest checkpoints.", RECORDS, at_least=1)] = None
     """None: all."""
+    save_only_model: Annotated[
+        bool, Option("Checkpoints without optimizer states: smaller, and not to be resumed from.", RECORDS)
+    ] = False
+    load_best_model_at_end: Annotated[
+        bool, Option("Save the model of the checkpoint that evaluated best, instead of the last.", RECORDS)
+    ] = False
+    metric_for_best_model: Annotated[
+        str | None, Option("By which evaluation is best.", RECORDS, default="loss", choices=METRICS)
+    ] = None
     eval_steps: Annotated[int | None, Option("Evaluate every so many steps.", RECORDS, default="once per epoch", at_least=1)] = None
     report_to: Annotated[tuple[str, ...], Option(group=RECORDS, default="none", choices=(*REPORTERS, "none"))] = ()
+    run_name: Annotated[str | None, Option("Of the run, for --report-to.", RECORDS)] = None
     resume: Annotated[
         bool | Path,
         Option("Go on from the last checkpoint in --output-dir; what is finished stays as it is.", RECORDS),
@@ -264,6 +297,20 @@ class TrainConfig:
                 where="--use-weighting",
                 next="It is a mean over tokens; leave out one of the two.",
             )
+        _require_one_of(self.f_divergence_type, F_DIVERGENCES, "--f-divergence-type")
+        others = [name for name in self.loss_type if name not in F_LOSSES]
+        if self.f_divergence_type != "reverse_kl" and others:
+            raise InputError(
+                f"TRL knows {', '.join(others)} under reverse_kl alone",
+                where=f"--f-divergence-type {self.f_divergence_type}",
+                expected=f"losses of {', '.join(F_LOSSES)}",
+                next="Leave it out, or use another --loss-type.",
+            )
+        if self.f_alpha_divergence_coef != DEFAULTS["f_alpha_divergence_coef"] and self.f_divergence_type != "alpha_divergence":
+            raise InputError(
+                "belongs to --f-divergence-type alpha_divergence", where="--f-alpha-divergence-coef", next="Leave it out."
+            )
+        _require(math.isfinite(self.f_alpha_divergence_coef), "--f-alpha-divergence-coef", "a number", self.f_alpha_divergence_coef)
         _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "--ld-alpha", "a number from 0 to 1", self.ld_alpha)
 
     def _check_schedule(self) -> None:
@@ -285,7 +332,8 @@ class TrainConfig:
         if (self.effective_batch_size is None) == (self.gradient_accumulation_steps is None):
             both = "both are given" if self.effective_batch_size is not None else "neither is given"
             raise InputError(f"{both}", where="--effective-batch-size, --gradient-accumulation-steps", expected="one of the two")
-        _require_one_of(self.lr_scheduler_type, LR_SCHEDULER_TYPES, "--lr-scheduler-type")
+        self._check_scheduler()
+        self._check_optimizer()
         _require_one_of(self.save_strategy, ("no", "steps", "epoch"), "--save-strategy")
         if self.dtype is not None:
             _require_one_of(self.dtype, DTYPES, "--dtype")
@@ -301,12 +349,76 @@ class TrainConfig:
             raise InputError(
                 "there is nothing to evaluate on", where="--eval-steps", next="Give --eval-ref-store or --eval-fraction too."
             )
+        self._check_saving()
+
+    def _check_scheduler(self) -> None:
+        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs or {}
+        _require_one_of(kind, tuple(SCHEDULES), "--lr-scheduler-type")
+        if unknown := [name for name in given if name not in SCHEDULES[kind]]:
+            raise InputError(
+                f"the schedule {kind} has no {', '.join(unknown)}",
+                where="--lr-scheduler-kwargs",
+                expected=", ".join(SCHEDULES[kind]) or "none: it has no arguments",
+            )
+        if kind in ONE_OF and not set(ONE_OF[kind]) & given.keys():
+            raise InputError(
+                f"the schedule {kind} needs {' or '.join(ONE_OF[kind])}",
+                where="--lr-scheduler-kwargs",
+                next=f"""Add --lr-scheduler-kwargs '{{"{ONE_OF[kind][-1]}": {"100" if "steps" in ONE_OF[kind][-1] else "0.1"}}}', say.""",
+            )
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise InputError("both are given", where="--warmup-steps, --warmup-ratio", expected="one of the two")
+        _require(self.warmup_steps is None or self.warmup_steps >= 0, "--warmup-steps", "0 or more", self.warmup_steps)
+
+    def _check_optimizer(self) -> None:
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, _option(name), "at least 0 and below 1", getattr(self, name))
+        _require(
+            self.adam_epsilon > 0 and math.isfinite(self.adam_epsilon), "--adam-epsilon", "a positive number", self.adam_epsilon
+        )
+        if self.optim is None:
+            return
+        _require_one_of(self.optim, tuple(OPTIMIZERS), "--optim")
+        changed = [_option(name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(self, name) != DEFAULTS[name]]
+        if changed and self.optim not in ADAMS:
+            raise InputError(f"has no effect on {self.optim}", where=", ".join(changed), next="Leave it out.")
+        if (package := OPTIMIZERS[self.optim]) is not None and importlib.util.find_spec(package) is None:
+            raise InputError("its package is not installed", where=f"--optim {self.optim}", next=f"pip install {package}")
+
+    def _check_saving(self) -> None:
+        if self.metric_for_best_model is not None:
+            _require_one_of(self.metric_for_best_model, METRICS, "--metric-for-best-model")
+            if not self.load_best_model_at_end:
+                raise InputError("belongs to --load-best-model-at-end", where="--metric-for-best-model", next="Give both.")
+        if not self.load_best_model_at_end:
+            return
+        where = "--load-best-model-at-end"
+        if not self.evaluates:
+            raise InputError("there is nothing to evaluate on", where=where, next="Give --eval-ref-store or --eval-fraction too.")
+        if self.save_only_model:
+            raise InputError("DeepSpeed loads whole checkpoints alone", where=f"{where}, --save-only-model", next="Leave one out.")
+        matching = (
+            self.save_strategy == "epoch"
+            if self.eval_steps is None
+            else self.save_strategy == "steps" and self.save_steps % self.eval_steps == 0
+        )
+        if not matching:
+            evaluated = "once per epoch" if self.eval_steps is None else f"every {self.eval_steps} steps"
+            raise InputError(
+                "every checkpoint must have been evaluated",
+                where=where,
+                expected="--save-strategy epoch"
+                if self.eval_steps is None
+                else f"--save-strategy steps, --save-steps a multiple of {self.eval_steps}",
+                found=f"saved by {self.save_strategy}{f', every {self.save_steps}' if self.save_strategy == 'steps' else ''}, evaluated {evaluated}",
+                next="Change --save-strategy, --save-steps or --eval-steps.",
+            )
 
     def _check_environment(self) -> None:
         for name in self.report_to:
-            _require_one_of(name, REPORTERS, "--report-to")
-            if importlib.util.find_spec(name) is None:
-                raise InputError("not installed", where=f"--report-to {name}", next=f"pip install {name}")
+            _require_one_of(name, tuple(REPORTERS), "--report-to")
+            if importlib.util.find_spec(REPORTERS[name]) is None:
+                raise InputError("not installed", where=f"--report-to {name}", next=f"pip install {REPORTERS[name]}")
         if self.push_to_hub != (self.hub_model_id is not None):
             raise InputError("belong together", where="--push-to-hub, --hub-model-id", next="Give both or neither.")
         if self.revision is not None and self.policy is None:
@@ -405,11 +517,14 @@ FREE_ON_RESUME = frozenset(
             "save_total_limit",
             "eval_steps",
         ),
-        *("report_to", "resume", "push_to_hub", "hub_model_id", "effective_batch_size"),
+        *("report_to", "run_name", "resume", "push_to_hub", "hub_model_id", "effective_batch_size"),
+        *("save_only_model", "load_best_model_at_end", "metric_for_best_model"),
     }
 )
 """Settings that a resumed run may change: paths, speed and bookkeeping. The rest decide where the run goes, and must be the same.
 The store is compared by its identity and the batch by its size in pairs, whatever the paths and the number of devices."""
+
+DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
 assert {field.name for field in fields(TrainConfig)} >= FREE_ON_RESUME
 

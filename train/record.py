@@ -19,8 +19,8 @@ from store import record
 from store.command import again, typed
 from store.errors import InputError
 from store.manifest import Identity, causes
-from train.checkpoint import COMPLETE, cut_short, last_checkpoint, state_of
-from train.config import FREE_ON_RESUME, SORT_PAIRS, TrainConfig
+from train.checkpoint import COMPLETE, cut_short, last_checkpoint, model_only, state_of
+from train.config import DEFAULTS, FREE_ON_RESUME, SORT_PAIRS, TrainConfig
 
 NAME = "run.json"
 
@@ -125,7 +125,7 @@ def refuse_other_run(folder: Path) -> None:
     if set(present) <= RESTARTABLE or (unfinished and checkpoint is None):
         return
     shown = ", ".join(present[:5]) + (", …" if len(present) > 5 else "")
-    if checkpoint is None or finished(folder) is not None:
+    if checkpoint is None or model_only(checkpoint) or finished(folder) is not None:
         advice = "Choose another --output-dir, or empty it yourself."
     elif any(name.endswith(".safetensors") for name in present):
         advice = f"Choose another --output-dir, or finish its run with --resume: {again('--resume')}"
@@ -148,13 +148,24 @@ def checkpoint_of(config: TrainConfig) -> Path | None:
             raise InputError(
                 "no complete checkpoint of a run", where=f"--resume {config.resume}", expected=f"checkpoint-<step> with {COMPLETE}"
             )
-        return Path(config.resume)
+        return _refuse_model_only(Path(config.resume))
     last = last_checkpoint(config.output_dir)
     if last is None:
         raise InputError(
             "there is no checkpoint to resume from", where=f"--output-dir {config.output_dir}", next="Start without --resume."
         )
-    return last
+    return _refuse_model_only(last)
+
+
+def _refuse_model_only(checkpoint: Path) -> Path:
+    if model_only(checkpoint):
+        raise InputError(
+            "a checkpoint of the model alone, written with --save-only-model",
+            where=checkpoint,
+            next=f"A run cannot go on from it. To train on from these weights, into another --output-dir: --policy {checkpoint} "
+            "--allow-different-policy.",
+        )
+    return checkpoint
 
 
 def compare_with_started(checkpoint: Path, now: dict) -> None:
@@ -187,7 +198,9 @@ def compare_with_run(folder: Path, now: dict) -> None:
 
 def _course(content: dict) -> dict:
     """The settings that decide where a run goes."""
-    settings = {name: value for name, value in content["config"].items() if name not in FREE_ON_RESUME}
+    # Where an earlier state of this project wrote the record, it lacks the options that came since: they were at their defaults.
+    config = content["config"] | {name: value for name, value in DEFAULTS.items() if name not in content["config"]}
+    settings = {name: value for name, value in config.items() if name not in FREE_ON_RESUME}
     settings |= {name: content[name] for name in ("dtype", "max_length", "effective_batch_size")}
     if not set(SORT_PAIRS).isdisjoint(settings["loss_type"]):
         settings["per_device_train_batch_size"] = content["config"]["per_device_train_batch_size"]

@@ -184,7 +184,14 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         if interrupt.stopped_at is not None:
             what = f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}"
+            if config.save_only_model:
+                what += ", of the model alone (--save-only-model): nothing can go on from it"
             _leave(stop, what, config, first, *record.resuming())
+        best = None
+        if config.load_best_model_at_end:
+            best = {"step": trainer.state.best_global_step, "metric": config.metric_for_best_model or "loss"}
+            best["value"] = trainer.state.best_metric
+            say("of all checkpoints that of step {step} evaluated best, {metric} {value:.4f}: it is saved".format(**best))
         trainer.save_model(str(config.output_dir))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = TrainResult(
@@ -204,6 +211,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
                 "finished": record.now(),
                 "result": asdict(result),
                 "gate": str(report),
+                **({} if best is None else {"best": best}),
                 "log_history": trainer.state.log_history,
             }
             card.write(config.output_dir, course | done, config.hub_model_id)
@@ -322,6 +330,8 @@ def dpo_config(
         use_weighting=config.use_weighting,
         router_aux_loss_coef=config.router_aux_loss_coef or 0.0,
         ld_alpha=config.ld_alpha,
+        f_divergence_type=config.f_divergence_type,
+        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
         max_length=max_length,
         # the store has what these are about
         precompute_ref_log_probs=True,
@@ -329,13 +339,20 @@ def dpo_config(
         # the course
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        lr_scheduler_kwargs=config.lr_scheduler_kwargs,
+        warmup_steps=config.warmup_ratio
+        if config.warmup_steps is None
+        else config.warmup_steps,  # below 1 it is a share of all steps
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps if config.max_steps is not None else -1,
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
         weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        **({} if config.optim is None else {"optim": config.optim}),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         data_seed=config.seed,
@@ -355,9 +372,13 @@ def dpo_config(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         report_to=list(config.report_to) or "none",
+        run_name=config.run_name,
         save_strategy=config.save_strategy,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
+        save_only_model=config.save_only_model,
+        load_best_model_at_end=config.load_best_model_at_end,
+        metric_for_best_model=config.metric_for_best_model,
         **evaluation,
     )
 

@@ -35,6 +35,8 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
         preset = PRESETS.get(open_store(ref_store, check="none").manifest.preset) or Preset
     if given["beta"] is None and given["loss_type"] not in ((), (preset.loss_type,)):
         given["beta"] = default_beta(given["loss_type"])
+    if given.get("warmup_steps") is not None and given["warmup_ratio"] is None:
+        given["warmup_ratio"] = 0.0
     for name in OF_PRESET:
         if given[name] is None or given[name] == ():
             given[name] = getattr(preset, name)

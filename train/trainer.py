@@ -111,7 +111,9 @@ class StoreDPOTrainer(DPOTrainer):
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         loss, metrics = evaluate(self, dataloader.dataset, self.args.process_index, self.args.world_size)
         self._metrics["eval"].update(metrics)
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(dataloader.dataset))
+        # TRL adds its metrics where they are logged; `metric_for_best_model` is looked up here.
+        means = {f"{metric_key_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()}
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss} | means, len(dataloader.dataset))
 
     def get_batch_samples(self, *args, **kwargs):
         with self.speed.phase("data"):

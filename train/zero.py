@@ -5,9 +5,6 @@ import json
 from store.errors import InputError
 from train.config import TrainConfig
 
-ADAM = {"betas": [0.9, 0.999], "eps": 1e-8}
-"""transformers' AdamW, which has no option here."""
-
 
 def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int, batch: int) -> None:
     """InputError naming each value of `--zero-config` that is neither `auto` nor what the options say, with both.
@@ -24,6 +21,14 @@ def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int, ba
             found=f"scheduler {_type(said['scheduler'])}",
             next='Remove "scheduler" from the file.',
         )
+    if "optimizer" in said and config.optim is not None:
+        raise InputError(
+            "has an optimizer of its own",
+            where=where,
+            expected=f"--optim {config.optim}",
+            found=f"optimizer {_type(said['optimizer'])}",
+            next='Remove "optimizer" from the file, or leave out --optim.',
+        )
     differing = []
     for path, option, value in (
         ("train_micro_batch_size_per_gpu", "--per-device-train-batch-size", config.per_device_train_batch_size),
@@ -34,14 +39,13 @@ def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int, ba
         ("fp16.enabled", "--dtype", dtype == "float16"),
         ("optimizer.params.lr", "--learning-rate", config.learning_rate),
         ("optimizer.params.weight_decay", "--weight-decay", config.weight_decay),
-        ("optimizer.params.betas", None, ADAM["betas"]),
-        ("optimizer.params.eps", None, ADAM["eps"]),
+        ("optimizer.params.betas", "--adam-beta1, --adam-beta2", [config.adam_beta1, config.adam_beta2]),
+        ("optimizer.params.eps", "--adam-epsilon", config.adam_epsilon),
     ):
         found = _at(said, path)
         if found in (None, "auto") or found == value:
             continue
-        ours = f"{option} {dtype if option == '--dtype' else value}" if option else f"{value}, which has no option"
-        differing.append((ours, f"{path} {json.dumps(found)}"))
+        differing.append((f"{option} {dtype if option == '--dtype' else value}", f"{path} {json.dumps(found)}"))
     if differing:
         raise InputError(
             "contradicts the options",

@@ -1,0 +1,73 @@
+"""Which model a run leaves behind: the best by an evaluation, checkpoints without optimizer states. Real runs under DeepSpeed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from one_rank import one_rank
+from safetensors.torch import load_file
+from train_setup import make_world
+
+import cli
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), num_rows=12)
+
+
+def train(world, folder: Path, *options: object, code: int = 0) -> str:
+    words = ["train", world.store, "--output-dir", folder, "--loss-type", "sigmoid", "--effective-batch-size", 4, "--max-steps", 4]
+    words += ["--per-device-train-batch-size", 2, "--eval-fraction", 0.3, "--eval-steps", 1, "--warmup-steps", 0]
+    with one_rank():
+        result = CliRunner().invoke(cli.main, [str(word) for word in (*words, *options)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("metric", ["loss", "rewards/margins"])
+def test_the_best_checkpoint_is_what_is_saved(world, tmp_path, metric):
+    """A rate so high that training soon makes the model worse: the last step is not the best."""
+    options = ["--learning-rate", 0.05, "--save-steps", 1, "--load-best-model-at-end", "--metric-for-best-model", metric]
+    output = train(world, tmp_path / "run", *options)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    found = {each["step"]: each[f"eval_{metric}"] for each in written["log_history"] if f"eval_{metric}" in each}
+    assert sorted(found) == [1, 2, 3, 4]
+    best = (min if metric == "loss" else max)(found, key=found.get)
+    saved = weights(tmp_path / "run")
+    assert same(saved, weights(tmp_path / "run" / f"checkpoint-{best}"))
+    assert best == 4 or not same(saved, weights(tmp_path / "run" / "checkpoint-4"))
+    assert written["best"] == {"step": best, "metric": metric, "value": found[best]}
+    assert f"that of step {best} evaluated best, {metric} {found[best]:.4f}" in output
+
+
+def test_checkpoints_of_the_model_alone_are_kept_and_not_resumed(world, tmp_path):
+    run = tmp_path / "run"
+    train(world, run, "--learning-rate", 1e-3, "--save-steps", 2, "--save-only-model")
+    assert same(weights(run), weights(run / "checkpoint-4")) and not same(weights(run), weights(run / "checkpoint-2"))
+    assert not list(run.glob("checkpoint-*/global_step*"))
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"finished"', '"failed"'))
+    for words in ([], ["--resume"]):
+        refusal = train(world, run, "--learning-rate", 1e-3, *words, code=2)
+        assert ("a checkpoint of the model alone" if words else "the output folder is not empty") in refusal, refusal
+    assert "the model alone" in train(world, run, "--learning-rate", 1e-3, "--resume-or-start", code=2)
+
+
+def test_another_optimizer_and_schedule_run(world, tmp_path):
+    options = ["--optim", "sgd", "--learning-rate", 1e-2, "--run-name", "mine", "--save-strategy", "no"]
+    options += ["--lr-scheduler-type", "cosine_with_min_lr", "--lr-scheduler-kwargs", '{"min_lr_rate": 0.5}']
+    train(world, tmp_path / "run", *options)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    rates = [each["learning_rate"] for each in written["log_history"] if "learning_rate" in each]
+    assert rates[0] == pytest.approx(1e-2) and 5e-3 < rates[-1] < 7e-3
+    assert written["config"]["run_name"] == "mine" and written["config"]["optim"] == "sgd"
