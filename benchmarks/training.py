@@ -373,7 +373,7 @@ def main() -> None:
             packed, *padded = state[name]
             shares = ", ".join(f"{size}: {each / packed:.2f}" for size, each in zip(possible, padded, strict=True))
             print(f"  {name:7} {packed:7.0f} tokens per pair with each prompt once; padded, times that, at micro-batch {shares}")
-        # Phase 1 is made anew on each start.
+        # Phase 1 is done again on each start.
         state["phase1_per_pair"] = state["phase1"] / (args.steps * args.effective_batch_size) / world
         print(f"phase 1 scored in {state['phase1_per_pair']:.2f} s per pair", flush=True)
         print(

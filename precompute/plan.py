@@ -1,10 +1,10 @@
 """How large a shard is, and which one next: the order in which one worker asks for the shards of a store; pure, and a matter of speed only.
 
 1. estimate  a shard's cost from the lengths of its rows' texts, which Arrow knows without reading a character
-2. sort      the dearest shards first, so that the last ones, over which workers finish apart, are the cheapest (Graham's LPT)
+2. sort      the most expensive shards first: the last ones are cheap, and workers finish at nearly the same time (Graham's LPT)
 3. deal      worker r of W takes the shards r, r + W, r + 2W, ... of that list, then whatever the others have not begun
 
-    dearest first      7 2 5 0 | 4 6 1 3       4 workers
+    expensive first    7 2 5 0 | 4 6 1 3       4 workers
     worker 1 asks for  2 6, then 7 5 0 4 1 3
 
 Dealing keeps hundreds of workers from asking for the same shard at the same moment. Any order gives the same store.

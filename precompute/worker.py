@@ -2,8 +2,8 @@
 
     rows of shard 7 ──tokenize (thread)──► pairs ──score (this thread)──► log-probs ──publish (thread)──► store/think/part-00007.parquet
 
-Any number of workers may run this on the same store, at the same time or one after another: each takes the dearest shard that
-nobody holds (plan.py), and whoever completes the set seals it.
+Any number of workers may run this on the same store, at the same time or one after another: each takes the most expensive
+shard that nobody holds (plan.py), and whoever completes the set seals it.
 """
 
 import contextlib

@@ -111,7 +111,7 @@ class Submission:
         return self._sbatch(array, self.precompute, PRECOMPUTE, self.precompute_options)
 
     def train_command(self, after: str) -> list[str]:
-        """sbatch for phase 2, once the job `after` ended well. Should that fail, this job is cancelled instead of waiting for ever."""
+        """sbatch for phase 2, once the job `after` ended well. Should that fail, this job is cancelled instead of waiting without end."""
         chain = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
         return self._sbatch(chain, self.train, TRAIN, self.train_options)
 

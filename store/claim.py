@@ -147,7 +147,7 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, hence alive
+    except PermissionError:  # somebody else's, so it is alive
         return True
     return True
 

@@ -26,7 +26,7 @@ FORMER_MANIFEST = "manifest.json"
 
 
 MAX_SHARDS = 1_000_000
-"""More files than a folder should hold; also what keeps a forged identity from making its reader count for ever."""
+"""More files than a folder should hold; also what keeps a forged identity from making its reader count without end."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def causes(stored: Identity, now: Identity, then: Command | None = None, asked: 
 
 
 def _explain_model(found: set[str], stored: Identity, now: Identity, then: Command | None, asked: Command | None) -> None:
-    """Weights hash as loaded, hence otherwise in another dtype; configuration and tokenizer come with the model, a template with the
+    """Weights are hashed as loaded, so in another dtype the hash differs; configuration and tokenizer come with the model, a template with the
     tokenizer."""
     other_tokenizer = "tokenizer_sha256" in found
     if "dtype" in found:

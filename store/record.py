@@ -48,7 +48,7 @@ def parse(data: bytes, where: object) -> object:
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a file. StoreError if it cannot be read or is no file: a pipe or device of that name would be read for ever."""
+    """The bytes of a file. StoreError if it cannot be read or is no file: a pipe or device of that name would be read without end."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise StoreError("not a file", where=path, next=_ALTERED)

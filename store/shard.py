@@ -130,7 +130,7 @@ def read_footer(path: Path) -> tuple[Identity, ShardReport]:
     """What a shard file says it is. StoreError if it is no complete shard of ours."""
     try:
         if path.exists() and not path.is_file():
-            raise StoreError("not a file", where=path, next="Move it elsewhere.")  # a pipe would be read for ever
+            raise StoreError("not a file", where=path, next="Move it elsewhere.")  # a pipe would be read without end
         with pq.ParquetFile(path, pre_buffer=False) as file:
             # Not `footer.schema`: it and the footer hold each other, and 100 kB stay until the garbage collector comes round to them.
             footer, schema = file.metadata, file.schema_arrow
@@ -177,4 +177,4 @@ def finished_shards(store: Path, identity: Identity) -> set[int]:
     return finished
 
 
-_DAMAGED = "Delete the file (and the manifest, if there is one) and run precompute again: only this shard is scored anew."
+_DAMAGED = "Delete the file (and the manifest, if there is one) and run precompute again: only this shard is scored again."

@@ -152,7 +152,7 @@ def _provenance_lines(manifest: Manifest | None) -> list[str]:
 
 
 def _next_line(path: Path, identity: Identity, manifest: Manifest | None) -> str:
-    """A command to copy, hence never cut."""
+    """A command to copy, so it is never cut."""
     if manifest is None:
         return f"To finish it: {rerun(identity, path, stored_command(path))}"
     return f"{'ask more':11}{cli('inspect', '--ref-store', path, '--sql', 'describe pairs')}"

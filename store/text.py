@@ -13,7 +13,7 @@ BROKEN = "\ufffd"
 """What decoders write for a character of which some bytes are missing."""
 
 LONGEST_CHARACTER = 4
-"""Bytes, hence tokens of which not even one is whole."""
+"""Bytes, and so tokens, of which not even one is whole."""
 
 
 def pieces(ids: Sequence[int], decode: Decode, before: Sequence[int] = ()) -> Iterator[tuple[int, str]]:

@@ -119,7 +119,7 @@ def test_a_model_that_is_compiled_for_each_row_is_refused(compiling, monkeypatch
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     model = make("llama")
     with (
-        pytest.raises(InputError, match="--torch-compile: this model's code is compiled anew.*Leave it out"),
+        pytest.raises(InputError, match="--torch-compile: this model's code is compiled again.*Leave it out"),
         compiled.named_compiler(),
     ):
         for sequence in pairs(seed=5):

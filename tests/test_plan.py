@@ -1,4 +1,4 @@
-"""The claiming order: costs by hand, every shard asked for once, the dearest first, and workers that begin apart and end together."""
+"""The claiming order: costs by hand, every shard asked for once, the most expensive first, and workers that begin apart and end together."""
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +42,7 @@ def test_a_shard_is_a_2400th_of_the_rows_within_limits(num_rows, shard_size):
     assert default_shard_size(num_rows) == shard_size
 
 
-def test_each_missing_shard_once_the_dearest_first_and_workers_begin_apart():
+def test_each_missing_shard_once_the_most_expensive_first_and_workers_begin_apart():
     costs = np.array([3, 7, 5, 9, 1, 8, 2, 6.0])
     assert claiming_order(costs, range(8), 0, 1) == [3, 5, 1, 7, 2, 0, 6, 4]
     assert claiming_order(costs, [0, 4, 5, 7], 1, 3) == [5, 4, 7, 0]  # own: 5, 2, 4; 2 is done

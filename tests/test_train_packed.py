@@ -68,7 +68,7 @@ def results(folder: Path) -> dict[int | str, dict]:
 @pytest.mark.parametrize(("world", "kind"), [(1, "olmo3"), *((2, kind) for kind in KINDS)])
 @pytest.mark.slow
 def test_a_step_is_stock_trls(results, kind, world):
-    """Same global batch, dealt anew to two ranks: mean loss, each metric, each parameter's gradient. Rewards are differences of sums of some
+    """Same global batch, dealt again to two ranks: mean loss, each metric, each parameter's gradient. Rewards are differences of sums of some
     200 nats, times beta: what is 1e-6 of those is no error in them."""
     steps = dict(results[world]["steps"][kind])
     assert steps.pop("attention") == "refdpo_packed"

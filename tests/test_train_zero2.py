@@ -159,7 +159,7 @@ def test_evaluation_on_two_processes_is_that_of_each_pair_once(results, folder):
 
 def test_resumed_run_continues_as_the_uninterrupted_one(results, folder):
     histories = [json.loads((folder / name / "run.json").read_text())["log_history"] for name in ("run", "resumed")]
-    # A run that began anew would show the same losses: only what it did not write tells that it went on from step 3.
+    # A run that began again would show the same losses: only what it did not write tells that it went on from step 3.
     assert not (folder / "resumed" / "checkpoint-3").exists()
     assert (folder / "resumed" / "checkpoint-6").exists()
     losses = [{entry["step"]: entry["loss"] for entry in history if "loss" in entry} for history in histories]

@@ -10,7 +10,7 @@ from stop import StopRequest
 def anyone_told(request: StopRequest, device: torch.device) -> bool:
     """Whether any rank was told to stop; every rank asks at once, and all get the same answer.
 
-    A signal reaches the ranks at different moments, or only one of them; stopping apart would leave the others waiting for ever.
+    A signal reaches the ranks at different moments, or only one of them; stopping apart would leave the others waiting without end.
     """
     told = request.soon
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:

@@ -255,7 +255,7 @@ BUILD_MINUTES = 15
 
 
 def refuse_abandoned_build() -> None:
-    """InputError where a process was killed while it compiled DeepSpeed's CPU operator: PyTorch would wait for its lock for ever, in silence."""
+    """InputError where a process was killed while it compiled DeepSpeed's CPU operator: PyTorch would wait for its lock without end and without a word."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.glob("**/deepspeed_shm_comm/lock"):
         minutes = (time.time() - lock.parent.stat().st_mtime) / 60  # files come and go there while it is compiled

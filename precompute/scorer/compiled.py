@@ -1,6 +1,6 @@
 """`--torch-compile`: what a layer does to each token by itself (norms, projections, RoPE, MLP, residuals), compiled once for rows of any length.
 
-torch.compile cannot trace how a row is packed, and would compile each arrangement anew. So attention stays outside: a layer becomes a graph
+torch.compile cannot trace how a row is packed, and would compile each arrangement again. So attention stays outside: a layer becomes a graph
 before it and one after it, with the number of tokens as a variable. The layers are compiled inside of gradient checkpointing, which runs the same
 graphs again in the backward. Embeddings, the last norm and the head are not part of it.
 """
@@ -98,7 +98,7 @@ def named_compiler():
         yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise InputError(
-            "this model's code is compiled anew for row after row",
+            "this model's code is compiled again for row after row",
             where="--torch-compile",
             expected=f"at most {MOST_VARIANTS} variants of it, whatever the rows' lengths",
             next="Leave it out.",

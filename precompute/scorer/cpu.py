@@ -22,7 +22,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for good. glibc gives blocks of megabytes back to the kernel, and every layer's next one arrives
-    anew, a page fault and 4 kB of zeros at a time: a tenth of the time of scoring (docs/notebook/memory.md). Other C libraries are left as they are."""
+    fresh, a page fault and 4 kB of zeros at a time: a tenth of the time of scoring (docs/notebook/memory.md). Other C libraries are left as they are."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_MAX, 0)  # no block by mmap, which would go back when freed
         mallopt(M_TRIM_THRESHOLD, -1)  # and never give back the heap's end

@@ -1,6 +1,7 @@
 """Score some pairs of a sealed store again: the noise floor of `verify --model`, and the gate before training."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -81,23 +82,21 @@ def rescore(
 
 def _refuse_other_kind(model: PreTrainedModel, sequences: list[Sequence], store: Store) -> None:
     """A model that cannot even be asked. On a GPU an id too large would end the process."""
+
+    def refuse(what: str, expected: str, found: int) -> NoReturn:
+        raise InputError(
+            f"not the model that made the store: its {what}",
+            where=model.name_or_path,
+            expected=expected,
+            found=f"{found:,}",
+            next=f"The store was made with {store.identity.model}.",
+        )
+
     vocabulary = model.get_input_embeddings().weight.shape[0]
     largest = max(int(sequence.ids.max()) for sequence in sequences)
     if largest >= vocabulary:
-        raise InputError(
-            "not the model that made the store: its vocabulary is smaller",
-            where=model.name_or_path,
-            expected=f"more than {largest:,} entries, for the ids in {store.path}",
-            found=f"{vocabulary:,}",
-            next=f"The store was made with {store.identity.model}.",
-        )
+        refuse("vocabulary is smaller", f"more than {largest:,} entries, for the ids in {store.path}", vocabulary)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = max(len(sequence.ids) for sequence in sequences)
     if longest is not None and needed > longest:
-        raise InputError(
-            "not the model that made the store: its context is shorter",
-            where=model.name_or_path,
-            expected=f"at least {needed:,} tokens, as sequences in {store.path} have",
-            found=f"{longest:,}",
-            next=f"The store was made with {store.identity.model}.",
-        )
+        refuse("context is shorter", f"at least {needed:,} tokens, as sequences in {store.path} have", longest)

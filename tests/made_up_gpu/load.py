@@ -18,7 +18,7 @@ NAME = "NVIDIA B200 (made up)"
 
 
 def compiled(torch_folder: Path) -> Path:
-    """The library, made anew when the source, the flags, PyTorch or the compiler's name change."""
+    """The library, made again when the source, the flags, PyTorch or the compiler's name change."""
     compiler = os.environ.get("CXX", "g++")
     version = (torch_folder / "version.py").read_text(encoding="utf-8")
     digest = hashlib.sha256("\0".join((SOURCE.read_text(encoding="utf-8"), version, compiler, *FLAGS)).encode()).hexdigest()
