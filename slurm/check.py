@@ -55,8 +55,7 @@ def check_train(config: TrainConfig, reference: dict[str, Any], world: int) -> N
     if config.eval_ref_store is not None:
         refuse_non_store(config.eval_ref_store)
     accumulation = config.accumulation_steps(world)
-    batch = config.per_device_train_batch_size * accumulation * world
-    refuse_contradictions(config, config.dtype or reference["dtype"], accumulation, batch)
+    refuse_contradictions(config, config.dtype or reference["dtype"], accumulation, config.pairs_per_step(world))
     if record.finished(config.output_dir) is not None:
         return  # it says so, and ends well
     config = replace(config, resume=last_checkpoint(config.output_dir) is not None)

@@ -80,8 +80,11 @@ OWN = "--dataset pairs.jsonl --precompute-args '--model ./model --max-length 64 
         ("--dataset think --train-args '--eval-ref-store nowhere'", "nowhere: no such folder"),
         ("--dataset think --train-args '--output-dir runs/full'", "the output folder is not empty"),
         ("--dataset think --train-args '--max-length 9000'", "longer than what phase 1 scores; expected at most 8192"),
-        ("--dataset think --gpus 3", "an effective batch of 128 pairs does not divide over 3 devices"),
-        ("--dataset think --train-nodes 3", "does not divide over 12 devices"),
+        (
+            "--dataset think --gpus 3 --train-args '--per-device-train-batch-size 1'",
+            "an effective batch of 128 pairs does not divide over 3 devices",
+        ),
+        ("--dataset think --train-nodes 3 --train-args '--per-device-train-batch-size 1'", "does not divide over 12 devices"),
         ("--dataset think --gpus h100", "expected 4, or with the kind: h100:4"),
         ("--dataset think --gpus gpu:h100:4", "expected 4, or with the kind: h100:4"),
         ("--dataset think --precompute-gpus h100:64", "fewer CPUs than GPUs; expected at least 64"),

@@ -5,9 +5,9 @@ import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from options import FILE, STORE_TO_READ, JsonObject, Numbers, Option, StorePath
+from options import FILE, STORE_TO_READ, IntegerOrAuto, JsonObject, Numbers, Option, StorePath
 from precompute.scorer import AttentionKernel, Layout
 from presets import Preset
 from store import DTYPES
@@ -167,10 +167,26 @@ class TrainConfig:
     adam_epsilon: Annotated[float, Option(group=OPTIMIZATION)] = 1e-8
     weight_decay: Annotated[float, Option(group=OPTIMIZATION)] = 0.0
     max_grad_norm: Annotated[float, Option("0: no clipping.", OPTIMIZATION, default="1, or the preset's")] = 1.0
+    tokens_per_batch: Annotated[
+        int | Literal["auto"] | None,
+        Option(
+            "Tokens per forward on each device, each prompt once: as many pairs as fit.",
+            MACHINE,
+            default="auto",
+            type=IntegerOrAuto(),
+            instead_of=("per_device_train_batch_size",),
+        ),
+    ] = None
+    """A pair with more goes alone. With the next given, and where `refuse_tokens` says so, None: micro-batches of as many pairs each."""
     per_device_train_batch_size: Annotated[
-        int,
-        Option("Pairs per forward on each device.", OPTIMIZATION, default=usual("per_device_train_batch_size"), at_least=1),
-    ]
+        int | None,
+        Option(
+            "Instead of --tokens-per-batch: pairs per forward on each device, as in TRL.",
+            OPTIMIZATION,
+            at_least=1,
+            instead_of=("tokens_per_batch",),
+        ),
+    ] = None
     effective_batch_size: Annotated[
         int | None,
         Option(
@@ -314,8 +330,9 @@ class TrainConfig:
         _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "--ld-alpha", "a number from 0 to 1", self.ld_alpha)
 
     def _check_schedule(self) -> None:
-        positive = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "logging_steps", "save_steps")
+        positive = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps")
         optional = (
+            "per_device_train_batch_size",
             "effective_batch_size",
             "gradient_accumulation_steps",
             "max_length",
@@ -334,6 +351,15 @@ class TrainConfig:
             raise InputError(f"{both}", where="--effective-batch-size, --gradient-accumulation-steps", expected="one of the two")
         self._check_scheduler()
         self._check_optimizer()
+        if (self.tokens_per_batch is None) == (self.per_device_train_batch_size is None):
+            both = "neither is given" if self.tokens_per_batch is None else "both are given"
+            raise InputError(both, where="--tokens-per-batch, --per-device-train-batch-size", expected="one of the two")
+        if self.tokens_per_batch is not None and (why := self.refuses_tokens) is not None:
+            raise InputError(
+                f"micro-batches have a fixed number of pairs with {why}",
+                where=f"--tokens-per-batch {self.tokens_per_batch}",
+                next="Give --per-device-train-batch-size instead.",
+            )
         _require_one_of(self.save_strategy, ("no", "steps", "epoch"), "--save-strategy")
         if self.dtype is not None:
             _require_one_of(self.dtype, DTYPES, "--dtype")
@@ -439,8 +465,27 @@ class TrainConfig:
     def evaluates(self) -> bool:
         return self.eval_ref_store is not None or self.eval_fraction is not None
 
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step on each of `world_size` devices. Raises InputError where the batch does not divide."""
+    @property
+    def by_tokens(self) -> bool:
+        """Are micro-batches of as many pairs as fit, rather than of a fixed number?"""
+        return self.tokens_per_batch is not None
+
+    @property
+    def refuses_tokens(self) -> str | None:
+        """What, of the options, needs micro-batches of a fixed number of pairs."""
+        return fixed_pairs(self.layout, self.loss_type, self.router_aux_loss_coef, self.gradient_accumulation_steps)
+
+    def pairs_per_step(self, world_size: int) -> int:
+        """Over all of `world_size` devices. Raises InputError where micro-batches of a fixed number of pairs do not divide it."""
+        if self.by_tokens:
+            return self.effective_batch_size
+        return self.per_device_train_batch_size * self.accumulation_steps(world_size) * world_size
+
+    def accumulation_steps(self, world_size: int) -> int | None:
+        """Micro-batches per optimizer step on each of `world_size` devices; None by tokens, as lengths decide. Raises InputError where
+        the batch does not divide."""
+        if self.by_tokens:
+            return None
         if self.gradient_accumulation_steps is not None:
             return self.gradient_accumulation_steps
         together = self.per_device_train_batch_size * world_size
@@ -463,6 +508,21 @@ class TrainConfig:
     def to_json(self) -> dict:
         """For run.json; paths as text."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def fixed_pairs(
+    layout: str, loss_type: tuple[str, ...], router_aux_loss_coef: float | None, gradient_accumulation_steps: int | None
+) -> str | None:
+    """What, of these options, needs micro-batches of a fixed number of pairs; None: nothing does."""
+    if layout == "padded":
+        return "--layout padded"
+    if sorting := [name for name in loss_type if name in SORT_PAIRS]:
+        return f"--loss-type {sorting[0]}, which sorts the pairs of each"
+    if router_aux_loss_coef:
+        return "--router-aux-loss-coef, which balances the tokens of each"
+    if gradient_accumulation_steps is not None:
+        return "--gradient-accumulation-steps"
+    return None
 
 
 def default_beta(loss_type: tuple[str, ...]) -> float:
@@ -500,6 +560,7 @@ FREE_ON_RESUME = frozenset(
             "allow_different_policy",
         ),
         *(
+            "tokens_per_batch",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "gradient_checkpointing",

@@ -21,6 +21,9 @@ from store.reader import TOKEN_COUNTS, Store
 if TYPE_CHECKING:
     from datasets import Dataset
 
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+"""Columns and batch entries with the reference sums, in nats."""
+
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 """What TRL's collator gets for each pair: lists of int and two floats (nats)."""
 
@@ -78,6 +81,12 @@ def lengths_of(dataset: Dataset, store: Store, max_length: int) -> Lengths:
             np.minimum(completion, max_length, out=completion)
             completion -= prompt
     return Lengths(prompt, chosen, rejected)
+
+
+def lengths_in(dataset: Dataset) -> Lengths:
+    """Of a dataset that `dataset_of` made, from the store that it reads."""
+    read: ReadPairs = dataset.format["format_kwargs"]["transform"]
+    return lengths_of(dataset, read.store, read.max_length)
 
 
 def fitting(store: Store, max_length: int, ld_alpha: float | None = None, positions: Sequence[int] | None = None) -> np.ndarray:

@@ -19,10 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from train.data import REFERENCE
 from train.packed import PER_TOKEN
-
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-"""Columns and batch entries with the reference sums, in nats."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class Told:
 
 def evaluate(trainer: DPOTrainer, dataset: Dataset, rank: int, world: int) -> tuple[float, dict[str, list[float]]]:
     """(loss, TRL's metrics as `trainer._metrics` has them) of the pairs of `dataset`. Every rank calls it, and all get the same."""
-    size = trainer.args.eval_batch_size
-    batches = [list(range(start, min(start + size, len(dataset)))) for start in range(0, len(dataset), size)]
+    batches = trainer.eval_batches(dataset)
     loader = DataLoader(
         dataset,
         batch_sampler=batches[rank::world],

@@ -26,14 +26,14 @@ class Outlook:
         return 1 - self.packed_tokens / self.padded_tokens
 
 
-def outlook(lengths: Lengths, before: np.ndarray, after: np.ndarray, shape: Shape) -> Outlook:
-    """`before`, `after`: orders of the pairs, int [pairs], cut into micro-batches as `shape` says."""
+def outlook(lengths: Lengths, before: np.ndarray, imbalance_after: float, shape: Shape) -> Outlook:
+    """`before`: the shuffled order of the pairs, int [pairs], cut into micro-batches as `shape` says."""
     longest = lengths.longer[before]
     padded = sum(
         2 * len(each) * int(each.max()) for each in np.split(longest, range(shape.micro_batch, len(longest), shape.micro_batch))
     )
     tokens = lengths.packed
-    return Outlook(padded, int(tokens.sum()), imbalance(before, tokens, shape), imbalance(after, tokens, shape))
+    return Outlook(padded, int(tokens.sum()), imbalance(before, tokens, shape), imbalance_after)
 
 
 def describe(seen: Outlook, layout: str, world: int) -> str:

@@ -22,6 +22,7 @@ from precompute.scorer.api import (
     packed_attention,
     packed_outputs,
     refuse_unpackable,
+    row_outputs,
     set_attention,
     together,
     use_compiled_layers,
@@ -30,12 +31,17 @@ from precompute.scorer.api import (
 )
 from precompute.scorer.packing import Sequence, pack
 from store.errors import InputError
+from train.metrics import OfTokens
+from train.rows import Row
 
 VOCABULARY_TILE = {"cpu": 2048, "cuda": 32768}
 """Vocabulary entries whose logits exist at a time in TRL's head: what stays in a CPU's cache, and TRL's own choice."""
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL's head computes per completion token, in the order its kernel returns them."""
+
+ON_GRID = ("log_probs", "log_sum_sq_probs")
+"""Those that its loss reads."""
 
 
 def refuse_unpackable_policy(model: PreTrainedModel) -> None:
@@ -54,13 +60,15 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
     _use_fast_modules(model)
     padded_forward = model.forward
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, row=None, **kwargs):
         if not fused_lm_head:
             raise InputError(
                 "with the packed layout the policy only computes DPO's loss",
                 where=padded_forward.__qualname__,
                 next="Use --layout padded for what needs logits.",
             )
+        if row is not None:
+            return row_forward(self, row, outputs)
         with_routers = bool(kwargs.get("output_router_logits"))
         return packed_forward(self, input_ids, attention_mask, labels, outputs, with_routers=with_routers)
 
@@ -123,19 +131,7 @@ def packed_forward(
         if with_routers:
             every = torch.from_numpy(np.concatenate(batch.places)).to(device)  # a shared token counts for each sequence that has it
             routers.append([logits.view(-1, logits.shape[-1])[every] for logits in row.router_logits])
-    head, after = model.get_output_embeddings(), head_of(model)
-    temperature = 1.0
-    values = ChunkedLogProbFunction.apply(
-        torch.cat(predicting),
-        head.weight,
-        head.bias,
-        torch.from_numpy(np.concatenate(targets)).to(device),
-        temperature,
-        VOCABULARY_TILE[device.type],
-        after.softcap,
-        after.scale,
-        outputs,
-    )
+    values = _head_values(model, torch.cat(predicting), torch.from_numpy(np.concatenate(targets)).to(device), outputs)
     at, taken = (torch.from_numpy(np.concatenate(each)).to(device) for each in (places, slots))
     placed = {
         name: None if value is None else value.new_zeros(len(ids) * width).index_copy(0, at, value[taken]).view(len(ids), width)
@@ -149,4 +145,35 @@ def packed_forward(
     mask = labels[:, 1:] != -100
     return FusedCausalLMOutput(
         loss=-placed["log_probs"].sum() / mask.sum().clamp(min=1), label_mask=mask, aux_loss=aux_loss, **placed
+    )
+
+
+def row_forward(model: PreTrainedModel, row: Row, outputs: tuple[str, ...]) -> FusedCausalLMOutput:
+    """As `packed_forward`, of a row that was made where the data was read: nothing is arranged here, and nothing read back from the device.
+
+    TRL's loss reads grids [2 pairs, longest completion]; its metrics read completion tokens alone (train/metrics.py).
+    """
+    hidden = [
+        row_outputs(model, packed).last_hidden_state[0][predictors]
+        for packed, predictors in zip(row.rows, row.predictors, strict=True)
+    ]
+    values = _head_values(model, hidden[0] if len(hidden) == 1 else torch.cat(hidden), row.targets, outputs)
+    of_tokens = {name: None if value is None else value[row.taken] for name, value in zip(PER_TOKEN, values, strict=True)}
+    for name in ON_GRID:
+        if (value := of_tokens[name]) is not None:
+            grid = value.new_zeros(row.grid[0] * row.grid[1])
+            of_tokens[name] = grid.index_copy(0, row.places, value).view(row.grid)
+    for name in PER_TOKEN:
+        if name not in ON_GRID and of_tokens[name] is not None:
+            of_tokens[name] = OfTokens(of_tokens[name], row.num_chosen)
+    return FusedCausalLMOutput(loss=None, label_mask=None, aux_loss=None, **of_tokens)
+
+
+def _head_values(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, outputs: tuple[str, ...]) -> tuple:
+    """hidden [N, D], targets int64 [N] -> PER_TOKEN values [N] each, None for those not in `outputs`: TRL's own kernel."""
+    head, after = model.get_output_embeddings(), head_of(model)
+    temperature = 1.0
+    tile = VOCABULARY_TILE[hidden.device.type]
+    return ChunkedLogProbFunction.apply(
+        hidden, head.weight, head.bias, targets, temperature, tile, after.softcap, after.scale, outputs
     )

@@ -48,8 +48,8 @@ class Plan:
     """Positions in `eval_store`."""
     max_length: int
     policy: Policy
-    accumulation: int
-    """Micro-batches per optimizer step and rank."""
+    accumulation: int | None
+    """Micro-batches per optimizer step and rank; None: by tokens, as lengths decide (train/bins.py)."""
     batch: int
     """Pairs per optimizer step, over all ranks."""
     checkpoint: Path | None
@@ -80,7 +80,7 @@ def plan(config: TrainConfig, world: int, check: str = "none") -> Plan:
         refuse_missing_folder(option, name, store)
     if Path(policy.name).is_dir():  # of a hub's, whoever loads it says what is wrong
         adapter_of(policy.name)
-    batch = config.per_device_train_batch_size * accumulation * world
+    batch = config.pairs_per_step(world)
     refuse_contradictions(config, policy.dtype, accumulation, batch)
     course = record.started(config, store.identity, asdict(policy), max_length, batch) | {
         "selection": selection.to_json(),

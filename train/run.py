@@ -46,7 +46,7 @@ from store.command import cli
 from store.errors import InputError
 from store.select import Selection
 from train import card, gate, hub, record
-from train.balance import Shape, shuffled
+from train.balance import Shape, imbalance, shuffled
 from train.checkpoint import remove_cut_short, state_of
 from train.config import TrainConfig, beta_notice
 from train.data import dataset_of, lengths_of
@@ -154,16 +154,24 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         processing_class=tokenizer,
         callbacks=[LogLastStep(), ProgressLines(planned.batch), interrupt],
         lengths=lengths if config.layout == "packed" else None,
+        tokens_per_batch=budget_of(config),
+        pairs_per_step=planned.batch,
     )
     if trainer.without_dropout:
         say(f"without dropout, as the reference was scored: the checkpoint's {', '.join(trainer.without_dropout)} are not used")
     if first:
-        shape = Shape(config.per_device_train_batch_size, process.world, planned.accumulation)
+        shape = Shape(config.per_device_train_batch_size or 1, process.world, planned.accumulation or 1)
         before = shuffled(len(pairs), config.seed, epoch=0) if config.order_by is None else np.arange(len(pairs))
-        after = np.array(list(trainer.get_train_sampler())) if config.layout == "packed" else before
+        if trainer.bins is not None:
+            after = trainer.bins.imbalance()
+            course["micro_steps"] = {"tokens_per_batch": trainer.bins.budget, "per_step": trainer.bins.num_micro_steps}
+        else:
+            after = imbalance(np.array(list(trainer.get_train_sampler())), lengths.packed, shape)
         seen = outlook(lengths, before, after, shape)
         course["outlook"] = asdict(seen)
         say(describe(seen, config.layout, process.world))
+        if trainer.bins is not None:
+            say(trainer.bins.describe())
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it shorter; run.json has all of it
     _leave_if_told(stop, args.device, config, first)
     if first:
@@ -220,6 +228,15 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     if first and config.push_to_hub:
         say(f"pushed to {hub.send(config.output_dir, config.hub_model_id)}")
     return result
+
+
+DEFAULT_TOKENS = 16384
+"""Of a micro-batch: enough for a GPU's kernels to be busy."""
+
+
+def budget_of(config: TrainConfig) -> int | None:
+    """Tokens per micro-batch; None where it is pairs that are counted."""
+    return DEFAULT_TOKENS if config.tokens_per_batch == "auto" else config.tokens_per_batch
 
 
 def _leave_if_told(stop: StopRequest, device: torch.device, config: TrainConfig, first: bool) -> None:
@@ -304,7 +321,7 @@ def router_notice(model: PreTrainedModel, config: TrainConfig) -> str | None:
 
 
 def dpo_config(
-    config: TrainConfig, dtype: str, max_length: int, accumulation: int, engine_options: dict | None = None
+    config: TrainConfig, dtype: str, max_length: int, accumulation: int | None, engine_options: dict | None = None
 ) -> DPOConfig:
     """The same run in TRL's terms. Building it joins the other ranks (transformers does) and needs `join` before.
 
@@ -345,9 +362,9 @@ def dpo_config(
         else config.warmup_steps,  # below 1 it is a share of all steps
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps if config.max_steps is not None else -1,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=config.per_device_train_batch_size or 1,  # by tokens the trainer decides
+        per_device_eval_batch_size=config.per_device_train_batch_size or 1,
+        gradient_accumulation_steps=accumulation or 1,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,

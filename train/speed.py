@@ -56,26 +56,29 @@ class Speed:
         self.recent, self.all = Counted(), Counted()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time that passes inside counts for `name`."""
+    def phase(self, name: str, wait: bool = False) -> Iterator[None]:
+        """Time that passes inside counts for `name`. `wait`: until the device has done all it was given, so that the sum of all phases is
+        right whenever it is logged; what each of them takes on a GPU is then the host's share."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # the next micro-batch begins with its lengths, which waits all the same
+            if wait and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             self.recent.seconds[name] += time.perf_counter() - started
 
-    def count(self, attention_mask: torch.Tensor, completion_mask: torch.Tensor) -> None:
-        """Masks [2 pairs, L] of one micro-batch, chosen first."""
-        counts = torch.stack([attention_mask.sum(dim=1), completion_mask.sum(dim=1)]).cpu().numpy()
-        (total, completion), num_pairs = counts, counts.shape[1] // 2
-        prompt, chosen, rejected = (total - completion)[:num_pairs], completion[:num_pairs], completion[num_pairs:]
-        packed = int((prompt + chosen + rejected).sum())
-        counted = Counted(int(total.sum()), packed, attention_mask.numel(), num_pairs, by_micro_step=[packed])
+    def count(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, padded: int) -> None:
+        """Tokens of the pairs of one micro-batch, int [pairs] each, and of the padded batch that they make."""
+        completions = int((chosen + rejected).sum())
+        packed = int(prompt.sum()) + completions
+        counted = Counted(packed + int(prompt.sum()), packed, padded, len(prompt), by_micro_step=[packed])
         if self.flops is not None:
             counted.flops = float(self.flops.of_pairs(prompt, chosen, rejected).sum())
         self.recent.add(counted)
+
+    def count_nothing(self) -> None:
+        """A micro-step in which this rank only waits for the others."""
+        self.recent.add(Counted(by_micro_step=[0]))
 
     def recent_report(self) -> dict[str, float]:
         """Of all ranks since the last call; every rank calls it at once."""

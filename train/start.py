@@ -1,5 +1,6 @@
 """`cli.py train` before its ranks: complete the options, refuse what can be refused without a model, start one process per GPU."""
 
+import inspect
 import sys
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from stop import STOP_TRAINING, Stopped, listening
 from store.reader import open_store
 from train import hub, record
 from train.checkpoint import last_checkpoint
-from train.config import TrainConfig, default_beta
+from train.config import TrainConfig, default_beta, fixed_pairs
 from train.plan import plan, refuse_folder, refuse_other_course
 
 OF_PRESET = (
@@ -22,7 +23,6 @@ OF_PRESET = (
     "lr_scheduler_type",
     "warmup_ratio",
     "num_train_epochs",
-    "per_device_train_batch_size",
     "gradient_checkpointing",
     "max_grad_norm",
 )
@@ -44,6 +44,10 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
         given["loss_type"] = (given["loss_type"],)
     if given["effective_batch_size"] is None and given["gradient_accumulation_steps"] is None:
         given["effective_batch_size"] = preset.effective_batch_size
+    if given["tokens_per_batch"] is None and given["per_device_train_batch_size"] is None:
+        fixed = fixed_pairs(*(given[name] for name in inspect.signature(fixed_pairs).parameters))
+        name = "tokens_per_batch" if fixed is None else "per_device_train_batch_size"
+        given[name] = "auto" if fixed is None else preset.per_device_train_batch_size
     if given["output_dir"] is None:
         given["output_dir"] = default_run(ref_store)
     if given["zero_config"] is None:

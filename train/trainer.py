@@ -7,6 +7,7 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 - `forward`, `_get_train_sampler`: in the packed layout, train/packed.py and train/balance.py. In the padded one both are stock.
 - `get_batch_samples`, `compute_loss`, `training_step`, `log`: the same, timed and counted  train/speed.py
 - `_run_epoch`: resumed at its last step, a run takes none, transformers one more; resumed in a later epoch, it sees that epoch's order.
+- `get_train_dataloader`, `_compute_loss`: by tokens, rows made by the loader, and sums instead of gathered metrics   train/bins.py, rows.py, metrics.py
 - `evaluation_loop`: TRL averages batches; here each pair counts once      train/evaluate.py
 - `loss_weights` of `sft`: TRL's is a mean over the tokens of a micro-batch; weighted by its tokens it is the mean over the global batch.
 - dropout: TRL turns `nn.Dropout` off, and not what a module keeps as a number     train/dropout.py
@@ -14,13 +15,16 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 - telemetry is not sent.
 """
 
+import math
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
@@ -28,17 +32,25 @@ from trl.trainer import dpo_trainer
 
 from train import dropout
 from train.balance import RELATE_PAIRS, BalancedSampler, Shape
-from train.data import Lengths
-from train.evaluate import REFERENCE, evaluate
+from train.bins import Bins, within
+from train.data import REFERENCE, Lengths, lengths_in
+from train.evaluate import evaluate
 from train.flops import PairFlops
+from train.metrics import Sums, kept
 from train.packed import pack_policy
+from train.rows import MicroBatches, only
 from train.speed import Speed
+
+NUM_TOKENS = "num_tokens"
+"""TRL's name for the tokens of all sequences so far."""
 
 
 class StoreDPOTrainer(DPOTrainer):
     """`train_dataset` and `eval_dataset` have the columns of train/data.py; `args.precompute_ref_log_probs` must be set.
 
     `lengths` of the training pairs: given, the policy runs in the packed layout with balanced batches; None: in TRL's padded one.
+    `tokens_per_batch`: micro-batches by tokens (train/bins.py), in steps of `pairs_per_step` (None: as many as `args` say). None: of as many
+    pairs as `args` say.
     """
 
     def __init__(
@@ -51,9 +63,15 @@ class StoreDPOTrainer(DPOTrainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
         lengths: Lengths | None = None,
+        tokens_per_batch: int | None = None,
+        pairs_per_step: int | None = None,
     ):
         if not args.precompute_ref_log_probs or args.remove_unused_columns:
             raise ValueError("a store needs precompute_ref_log_probs=True and remove_unused_columns=False")
+        self.bins = None
+        if tokens_per_batch is not None:
+            self.bins = _bins(args, lengths, tokens_per_batch, pairs_per_step)
+            _set_micro_steps(args, self.bins.num_micro_steps)
         use_cache = model.config.use_cache
         self.without_dropout = dropout.turn_off(model)
         with _unhashed_weights(), _watched_head() as outputs:
@@ -70,9 +88,22 @@ class StoreDPOTrainer(DPOTrainer):
         self.lengths = lengths
         self.sft_tokens: torch.Tensor | None = None
         """Chosen tokens per micro-batch, on average over this step's micro-batches of all ranks."""
+        self.sums = Sums(args.device)
         self.speed = Speed(PairFlops.of(model), args.device, model.dtype)
         if lengths is not None:
             pack_policy(model, *outputs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """By tokens: this rank's micro-batches, made into rows in the loader's workers. accelerate would move each to the device by itself."""
+        if self.bins is None:
+            return super().get_train_dataloader()
+        return DataLoader(
+            MicroBatches(self.train_dataset, self.model.config),
+            batch_sampler=self.bins,
+            collate_fn=only,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.device.type == "cuda",
+        )
 
     def get_train_sampler(self) -> Sampler:
         """Pairs in the order in which accelerate hands them out, epoch 0."""
@@ -94,12 +125,18 @@ class StoreDPOTrainer(DPOTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device; reference sums float32 [pairs] in every training dtype, as TRL's fused head gives the policy's."""
+        if "row" in inputs:
+
+            def move(tensor: torch.Tensor) -> torch.Tensor:
+                return tensor.to(self.args.device, non_blocking=True)
+
+            return {name: value.moved(move) if name == "row" else move(value) for name, value in inputs.items()}
         reference = {name: inputs[name].to(self.args.device) for name in REFERENCE}
         return {**super()._prepare_inputs(inputs), **reference}
 
     def _run_epoch(self, *args, **kwargs):
         # Where batches are skipped, accelerate's loader does not reach the sampler of two ranks and more: they would see epoch 0 again.
-        kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
+        (self.bins or kwargs["train_dataloader"]).set_epoch(kwargs["epoch"])
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
@@ -115,10 +152,17 @@ class StoreDPOTrainer(DPOTrainer):
         means = {f"{metric_key_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()}
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss} | means, len(dataloader.dataset))
 
+    def eval_batches(self, dataset: Dataset) -> list[list[int]]:
+        """Consecutive pairs of `dataset`, as many as training's micro-batches may have. What they are changes no figure."""
+        if self.bins is not None:
+            return within(lengths_in(dataset).packed, self.bins.budget)
+        size = self.args.eval_batch_size
+        return [list(range(start, min(start + size, len(dataset)))) for start in range(0, len(dataset), size)]
+
     def get_batch_samples(self, *args, **kwargs):
         with self.speed.phase("data"):
             micro_batches, num_items = super().get_batch_samples(*args, **kwargs)
-            if "sft" in self.loss_types:
+            if "sft" in self.loss_types and self.bins is None:
                 self.sft_tokens = self._mean_over_micro_batches([_chosen_tokens(each) for each in micro_batches])
             return micro_batches, num_items
 
@@ -131,29 +175,74 @@ class StoreDPOTrainer(DPOTrainer):
 
     def training_step(self, *args, **kwargs):
         forward = self.speed.recent.seconds["forward"]
-        with self.speed.phase("backward_and_step"):
+        with self.speed.phase("backward_and_step", wait=self._is_logged_next):
             loss = super().training_step(*args, **kwargs)
         self.speed.recent.seconds["backward_and_step"] -= self.speed.recent.seconds["forward"] - forward
         return loss
+
+    @property
+    def _is_logged_next(self) -> bool:
+        """Is this the last micro-step of an optimizer step that is logged?"""
+        step, last = self.state.global_step + 1, self.accelerator.sync_gradients
+        return last and (step % self.args.logging_steps == 0 or step in (1, self.state.max_steps))
 
     def _compute_loss(self, model, inputs, return_outputs):
         if not self.model.training:
             return super()._compute_loss(model, inputs, return_outputs)
         with self.speed.phase("forward"):
-            self.speed.count(inputs["attention_mask"], inputs["completion_mask"])
-            if self.sft_tokens is None:
+            if self.bins is not None:
+                return self._loss_of_row(model, inputs)
+            self.speed.count(*_counts(inputs), inputs["attention_mask"].numel())
+            share = None if self.sft_tokens is None else _chosen_tokens(inputs) / self.sft_tokens
+            with self._weighted_sft(share):
                 return super()._compute_loss(model, inputs, return_outputs)
-            weights = self.loss_weights
-            share = _chosen_tokens(inputs) / self.sft_tokens
+
+    def _loss_of_row(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss of a micro-batch of train/bins.py, weighted so that the step's is the mean over all its pairs."""
+        counts, micro_batch = inputs["row"].counts, inputs["row"].micro_batch
+        counted = micro_batch.weight > 0
+        if counted:
+            self.speed.count(counts.prompt, counts.chosen, counts.rejected, counts.padded)
+        else:
+            self.speed.count_nothing()
+        num_tokens = float((2 * counts.prompt + counts.chosen + counts.rejected).sum())
+        self.sums.add(NUM_TOKENS, num_tokens if counted else 0.0, 1.0)
+        share = micro_batch.token_weight / micro_batch.weight if counted else None
+        with self._weighted_sft(share), kept(self, self.sums, counted):
+            loss = super()._compute_loss(model, inputs, False)
+        return loss * micro_batch.weight
+
+    @contextmanager
+    def _weighted_sft(self, share: torch.Tensor | float | None):
+        """Inside the block the weight of `sft` is `share` of what was asked for; None: as asked."""
+        weights = self.loss_weights
+        if share is not None:
             self.loss_weights = [w * share if name == "sft" else w for name, w in zip(self.loss_types, weights, strict=True)]
-            try:
-                return super()._compute_loss(model, inputs, return_outputs)
-            finally:
-                self.loss_weights = weights
+        try:
+            yield
+        finally:
+            self.loss_weights = weights
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' estimate: 6 FLOPs per token and weight. Of a row, for the tokens of its sequences."""
+        if "row" not in inputs:
+            return super().floating_point_ops(inputs)
+        counts = inputs["row"].counts
+        tokens = int((2 * counts.prompt + counts.chosen + counts.rejected).sum()) if inputs["row"].micro_batch.weight else 0
+        return 6 * tokens * self.num_weights
+
+    @cached_property
+    def num_weights(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.speed.recent_report()
+            means = self.sums.means()
+            if means:
+                self._total_train_tokens += int(means.pop(NUM_TOKENS)[1])
+                self._metrics["train"] |= {name: [mean] for name, (mean, _) in means.items()}
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -161,6 +250,42 @@ class StoreDPOTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+
+def _bins(args: DPOConfig, lengths: Lengths, budget: int, pairs_per_step: int | None) -> Bins:
+    pairs_per_step = pairs_per_step or args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps = math.ceil(len(lengths.packed) / pairs_per_step)
+    epochs = math.ceil(args.max_steps / steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+    return Bins(
+        lengths.packed,
+        lengths.chosen,
+        pairs_per_step=pairs_per_step,
+        world=args.world_size,
+        rank=args.process_index,
+        budget=budget,
+        seed=args.seed,
+        shuffle=args.train_sampling_strategy == "random",
+        epochs=epochs,
+    )
+
+
+def _set_micro_steps(args: DPOConfig, num_micro_steps: int) -> None:
+    """In `args` and in the DeepSpeed configuration that was made of them. To both a micro-batch is one thing, however many pairs it has."""
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = 1, num_micro_steps
+    if args.deepspeed:
+        args.hf_deepspeed_config.config |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": num_micro_steps,
+            "train_batch_size": num_micro_steps * args.world_size,
+        }
+
+
+def _counts(inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of prompt, chosen and rejected of each pair of a padded micro-batch."""
+    masks = inputs["attention_mask"], inputs["completion_mask"]
+    total, completion = torch.stack([mask.sum(dim=1) for mask in masks]).cpu().numpy()
+    half = len(total) // 2
+    return (total - completion)[:half], completion[:half], completion[half:]
 
 
 def _chosen_tokens(inputs: dict[str, Any]) -> torch.Tensor:

@@ -6,10 +6,11 @@ from store.errors import InputError
 from train.config import TrainConfig
 
 
-def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int, batch: int) -> None:
+def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int | None, batch: int) -> None:
     """InputError naming each value of `--zero-config` that is neither `auto` nor what the options say, with both.
 
-    `accumulation`: micro-batches per optimizer step and rank; `batch`: pairs per optimizer step over all ranks.
+    `accumulation`: micro-batches per optimizer step and rank; `batch`: pairs per optimizer step over all ranks. By tokens the engine's own
+    counts are of micro-batches, however many pairs they have, and only `auto` is right.
     """
     said = json.loads(config.zero_config.read_text(encoding="utf-8"))
     where = f"--zero-config {config.zero_config}"
@@ -31,9 +32,16 @@ def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int, ba
         )
     differing = []
     for path, option, value in (
-        ("train_micro_batch_size_per_gpu", "--per-device-train-batch-size", config.per_device_train_batch_size),
-        ("gradient_accumulation_steps", "--gradient-accumulation-steps", accumulation),
-        ("train_batch_size", "--effective-batch-size", batch),
+        *(
+            (name, f"--tokens-per-batch {config.tokens_per_batch} with {name}", "auto")
+            if config.by_tokens
+            else (name, option, value)
+            for name, option, value in (
+                ("train_micro_batch_size_per_gpu", "--per-device-train-batch-size", config.per_device_train_batch_size),
+                ("gradient_accumulation_steps", "--gradient-accumulation-steps", accumulation),
+                ("train_batch_size", "--effective-batch-size", batch),
+            )
+        ),
         ("gradient_clipping", "--max-grad-norm", config.max_grad_norm),
         ("bf16.enabled", "--dtype", dtype == "bfloat16"),
         ("fp16.enabled", "--dtype", dtype == "float16"),

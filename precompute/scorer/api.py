@@ -5,11 +5,13 @@ Needs torch; packing.py, which needs numpy alone, and adapter.py, which needs no
 
 from precompute.scorer.attention import (
     NAME,
+    PackedRow,
     named_kernel,
     packed_attention,
     packed_outputs,
     refuse_unpackable,
     refuse_without_kernels,
+    row_outputs,
     set_attention,
     use_kernel,
 )

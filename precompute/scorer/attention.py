@@ -9,11 +9,13 @@ What these kernels lack (soft-capped scores, sinks on a CPU, float32 or wide hea
 whole row exists.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,13 +61,42 @@ class PackedLayout:
         gather = np.concatenate([np.arange(start, stop) for parts in stretches for start, stop in parts])
         self.branches = branches
         self.num_tokens = sum(num_queries)
-        self.paths = kernels.Paths(branches)
         self.max_queries, self.max_keys = max(num_queries), max(num_keys)
         self.cu_queries = torch.tensor(np.cumsum([0, *num_queries]), dtype=torch.int32, device=device)
         # Without sharing the keys already lie in this order, and one tensor says both, for kernels that ask for it to be one.
         shared = len(gather) != sum(num_queries)
         self.cu_keys = torch.tensor(np.cumsum([0, *num_keys]), dtype=torch.int32, device=device) if shared else self.cu_queries
         self.gather = torch.from_numpy(gather).to(device) if shared else None
+
+    @cached_property
+    def paths(self) -> kernels.Paths:
+        return kernels.Paths(self.branches)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PackedLayout":
+        """Every tensor as `move` gives it: pinned, or on another device."""
+        other = copy.copy(self)
+        other.cu_queries = move(self.cu_queries)
+        other.cu_keys = other.cu_queries if self.cu_keys is self.cu_queries else move(self.cu_keys)
+        other.gather = None if self.gather is None else move(self.gather)
+        return other
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A packed row as the model takes it: int64 [1, T] each, and how its tokens see each other."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: PackedLayout
+
+    @classmethod
+    def of(cls, batch: PackedBatch, device: torch.device | str = "cpu") -> "PackedRow":
+        ids, positions = (torch.from_numpy(each)[None].to(device) for each in (batch.input_ids, batch.position_ids))
+        return cls(ids, positions, PackedLayout(batch.branches, torch.device(device)))
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PackedRow":
+        """Every tensor as `move` gives it."""
+        return PackedRow(move(self.input_ids), move(self.position_ids), self.layout.moved(move))
 
 
 @dataclass(frozen=True)
@@ -456,15 +487,19 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
 
 
 def packed_outputs(model: PreTrainedModel, batch: PackedBatch, **options):
-    """What the model's body returns for a packed row; `options` go to its forward."""
-    device = model.device
-    row = _row.set(PackedLayout(batch.branches, device))
+    """What the model's body returns for a packed batch; `options` go to its forward."""
+    return row_outputs(model, PackedRow.of(batch, model.device), **options)
+
+
+def row_outputs(model: PreTrainedModel, packed: PackedRow, **options):
+    """The same for a row that is on the model's device already."""
+    row = _row.set(packed.layout)
     try:
         return model.base_model(
-            input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
-            position_ids=torch.from_numpy(batch.position_ids)[None].to(device),
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
             # Without it transformers would look for sequences in the positions, and wait for the device to do so.
-            attention_mask=torch.ones(1, len(batch.input_ids), dtype=torch.long, device=device),
+            attention_mask=torch.ones_like(packed.input_ids),
             use_cache=False,
             **options,
         )
