@@ -154,9 +154,9 @@ class Known:
         return self._opened[1]
 
 
-def noted(by_store: dict[str, int]) -> str:
-    """What a shard's report gives as an example."""
-    return ", ".join(f"{count:,} from {Path(store).name}" for store, count in by_store.items())
+def noted(index: int, by_store: dict[str, int]) -> str:
+    """What the report of shard `index` gives as an example."""
+    return f"shard {index}: " + ", ".join(f"{count:,} from {Path(store).name}" for store, count in by_store.items())
 
 
 def _with(identity: Identity, stored: Identity) -> Identity:

@@ -373,7 +373,7 @@ def _score_shard(
     started, waited = time.time(), progress.shard_started()
     reused, by_store = known.find(tokens.pairs)
     if reused:
-        tokens.counts["reused"], tokens.examples["reused"] = len(reused), noted(by_store)
+        tokens.counts["reused"], tokens.examples["reused"] = len(reused), noted(index, by_store)
     fresh = [place for place in range(len(tokens.pairs)) if place not in reused]
     sequences = [sequence for place in fresh for sequence in tokens.pairs[place].sequences]
     token_logps: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)

@@ -154,7 +154,7 @@ def test_of_several_stores_the_first_that_has_a_pair(run, tmp_path):
     assert manifest.counts["reused"] == 7 and manifest.provenance["reused"] == {str(tmp_path / "one"): 4, str(tmp_path / "two"): 3}
     by_shard = [read_footer(tmp_path / "mixed" / part_name(shard))[1] for shard in range(3)]
     assert [report.counts.get("reused", 0) for report in by_shard] == [2, 4, 1]  # rows 8, 7 are in neither
-    assert by_shard[1].examples["reused"] == "3 from one, 1 from two"
+    assert by_shard[1].examples["reused"] == "shard 1: 3 from one, 1 from two"
     assert [each["num_pairs"] for each in manifest.provenance["reuse_checked"]] == [4, 5]
 
 
