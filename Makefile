@@ -22,7 +22,7 @@ help:
 	@echo "make test-slurm  the batch scripts on real Slurm daemons, installed if absent (root; ten minutes)"
 	@echo "make test-all    all of them, packed ZeRO-2 training against TRL's too: what CI runs"
 	@echo "make gpu     all that is claimed for GPUs, on this machine's: a report in runs/gpu (eight minutes)"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff, and mypy on store/ and precompute/scorer/"
 	@echo "make clean   remove what the demo, the tests and the linter made; $(VENV) stays"
 	@echo "make $(VENV)   only the environment; demo, test and lint make it themselves"
 	@echo "make UV=1 …  install with uv instead of pip; TORCH=torch==… names another torch: README, Install"
@@ -100,7 +100,8 @@ gpu: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 clean:
-	rm -rf build logs .pytest_cache .ruff_cache .hypothesis *.egg-info demo/model demo/.model-* store/demo runs/demo
+	rm -rf build logs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info demo/model demo/.model-* store/demo runs/demo
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

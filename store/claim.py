@@ -115,8 +115,9 @@ def _newest(store: Path, name: str) -> Path | None:
     for generation in count():
         path = _path(store, name, generation)
         if not path.exists():
-            return newest
+            break
         newest = path
+    return newest
 
 
 def _stale(store: Path, path: Path) -> bool:

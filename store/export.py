@@ -24,6 +24,9 @@ from store.errors import InputError
 from store.reader import Store, open_store
 from store.schema import SUMS_ONLY_NOTE, schema_of
 
+Progress = Callable[[int, int], None]
+"""(pairs done, all)."""
+
 FORMATS = ("trl", "open-instruct", "megatron-bridge", "jsonl")
 
 OPEN_INSTRUCT_LOSSES = {"dpo": False, "wpo": False, "dpo_norm": True}
@@ -73,8 +76,13 @@ def export(
     if output.exists():
         raise InputError("exists already", where=f"--output {output}", next="Choose another --output, or remove it yourself.")
     staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    writers = {"trl": _trl, "open-instruct": _open_instruct, "megatron-bridge": _megatron, "jsonl": _jsonl}
-    options = {"open-instruct": (loss_type,), "megatron-bridge": (metadata or {}, output)}.get(format, ())
+    writers: dict[str, Callable[..., list[str]]] = {
+        "trl": _trl,
+        "open-instruct": _open_instruct,
+        "megatron-bridge": _megatron,
+        "jsonl": _jsonl,
+    }
+    options: tuple[Any, ...] = {"open-instruct": (loss_type,), "megatron-bridge": (metadata or {}, output)}.get(format, ())
     try:
         staging.mkdir(parents=True)
         notes = writers[format](store, staging, progress or (lambda done, total: None), *options)
@@ -124,7 +132,7 @@ def _blocks(store: Store, progress: Callable[[int, int], None], names: tuple[str
         progress(stop, store.num_pairs)
 
 
-def _jsonl(store: Store, folder: Path, progress) -> list[str]:
+def _jsonl(store: Store, folder: Path, progress: Progress) -> list[str]:
     with open(folder / "pairs.jsonl", "w", encoding="utf-8") as file:
         for table in _blocks(store, progress, tuple(schema_of(store.identity, store.source_columns).names)):
             file.writelines(json.dumps(pair, ensure_ascii=False, allow_nan=False) + "\n" for pair in table.to_pylist())
@@ -133,13 +141,13 @@ def _jsonl(store: Store, folder: Path, progress) -> list[str]:
     return notes + ([f"the store was {SUMS_ONLY_NOTE}"] if store.identity.sums_only else [])
 
 
-def _trl(store: Store, folder: Path, progress) -> list[str]:
+def _trl(store: Store, folder: Path, progress: Progress) -> list[str]:
     from datasets import Dataset, Features, List, Value
 
     kinds = {name: List(Value("int32")) if name.endswith("ids") else Value("float64") for name in TRL_COLUMNS}
     features = Features({"pair_id": Value("string"), **kinds})
 
-    def rows():
+    def rows() -> Iterator[dict[str, Any]]:
         for table in _blocks(store, progress, ("pair_id", *TRL_COLUMNS)):
             yield from table.to_pylist()
 
@@ -162,7 +170,7 @@ def _trl_cache(store: Store, file: Path) -> None:
         stream.write_table(table, max_chunksize=1000)
 
 
-def _open_instruct(store: Store, folder: Path, progress, loss_type: str) -> list[str]:
+def _open_instruct(store: Store, folder: Path, progress: Progress, loss_type: str) -> list[str]:
     import torch
 
     table = store.lengths()
@@ -185,7 +193,7 @@ def _open_instruct(store: Store, folder: Path, progress, loss_type: str) -> list
     return notes
 
 
-def _megatron(store: Store, folder: Path, progress, metadata: dict[str, Any], output: Path) -> list[str]:
+def _megatron(store: Store, folder: Path, progress: Progress, metadata: dict[str, Any], output: Path) -> list[str]:
     """`output` is what `folder` will be called. One line per source row: its reader demands every pair_id (there: the row's index) from 0 on. Rows without a pair are stubs
     there."""
     identity = store.identity

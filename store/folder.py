@@ -41,7 +41,7 @@ def prepare_store(store: Path, identity: Identity, command: Command | None = Non
             staged = disk.staging_path(store, IDENTITY_NOTE, "tmp")
             disk.write_new(staged, record.canonical(identity) + b"\n")
             disk.publish(staged, note)  # another worker may have been first: what it wrote is compared next
-        check_same(stored_identity(store), identity, store, stored_command(store), command)
+        check_same(identity_of(store), identity, store, stored_command(store), command)
         if command is not None:
             staged = disk.staging_path(store, COMMAND_NOTE, "tmp")
             disk.write_new(staged, record.canonical(command) + b"\n")
@@ -49,7 +49,7 @@ def prepare_store(store: Path, identity: Identity, command: Command | None = Non
     except OSError as error:
         if not manifest_path(store).exists():  # else another worker sealed, and removed the staging folder under us
             raise disk.refusal(error, store) from error
-        check_same(stored_identity(store), identity, store, stored_command(store), command)
+        check_same(identity_of(store), identity, store, stored_command(store), command)
 
 
 def stored_identity(store: Path) -> Identity | None:
@@ -66,6 +66,13 @@ def stored_identity(store: Path) -> Identity | None:
             return Manifest.load(manifest_path(store)).identity  # sealed this moment, and the note removed under us
     parts = parts_in(store)
     return read_footer(parts[0])[0] if parts else None
+
+
+def identity_of(store: Path) -> Identity:
+    """The same of a folder that is a store: InputError where it holds nothing."""
+    if (identity := stored_identity(store)) is None:
+        raise InputError("holds no store yet", where=store, next="Run precompute first.")
+    return identity
 
 
 def stored_source_columns(store: Path) -> tuple[SourceColumn, ...]:

@@ -2,16 +2,23 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from store import sql as store_sql
 from store.errors import InputError
 from store.schema import SUMS_ONLY_NOTE
+from store.sql import Format
 from store.summary import summary
 from store.text import Decode
 
 
 def inspect(
-    ref_store: Path, sql: str | None, form: str | None, output: Path | None, interactive: bool, decode: Decode | None = None
+    ref_store: Path,
+    sql: str | None,
+    form: Format | Literal["parquet"] | None,
+    output: Path | None,
+    interactive: bool,
+    decode: Decode | None = None,
 ) -> None:
     """Print it, or write it to `output`. `form`: table (None) | csv | json | parquet. `decode`: for texts, where a query asks for them.
     InputError for options that contradict each other."""
@@ -21,18 +28,21 @@ def inspect(
     connection = store_sql.connect(ref_store, decode=decode)
     if store_sql.sums_only(ref_store):
         print(f"{ref_store} was {SUMS_ONLY_NOTE}", file=sys.stderr)
-    if interactive:
-        store_sql.prompt(connection, form or "table")
-    elif form == "parquet":
+    shown: Format = "table" if form is None or form == "parquet" else form
+    if interactive or sql is None:
+        store_sql.prompt(connection, shown)
+    elif form == "parquet" and output is not None:
         print(f"{output}: {store_sql.write_parquet(connection, sql, output):,} rows", file=sys.stderr)
     elif output is not None:
         with store_sql.new_file(output) as staged, open(staged, "w", encoding="utf-8", newline="") as file:
-            store_sql.write(connection, sql, form or "table", file)
+            store_sql.write(connection, sql, shown, file)
     else:
-        store_sql.write(connection, sql, form or "table", sys.stdout)
+        store_sql.write(connection, sql, shown, sys.stdout)
 
 
-def _refuse_contradictions(sql: str | None, form: str | None, output: Path | None, interactive: bool) -> None:
+def _refuse_contradictions(
+    sql: str | None, form: Format | Literal["parquet"] | None, output: Path | None, interactive: bool
+) -> None:
     """Options that would be passed over in silence."""
     if interactive and sql is not None:
         raise InputError(

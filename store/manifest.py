@@ -73,7 +73,7 @@ class Identity:
     datasets: tuple[DatasetPart, ...] | None = field(default=None, metadata=record.OPTIONAL)
     """Of a store of several datasets: which rows are whose, in order. Names, not compared: the fingerprint covers the rows."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.datasets is not None and sum(each.num_rows for each in self.datasets) != self.num_rows:
             raise ValueError(f"datasets have {sum(each.num_rows for each in self.datasets)} rows, not {self.num_rows}")
         for name in ("num_rows", "max_length", "shard_size"):
@@ -165,7 +165,8 @@ class ShardReport(Totals):
 
 def totals_of(reports: list[ShardReport]) -> Totals:
     """Sums and lists in the order of `reports`; the first example of each kind stays."""
-    counts, examples = Counter(), {}
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     for report in reports:
         counts.update(report.counts)
         examples = {**report.examples, **examples}
@@ -324,23 +325,27 @@ def _explain_model(found: set[str], stored: Identity, now: Identity, then: Comma
 
 def _explain_rows(found: set[str], stored: Identity, now: Identity, then: Command | None, asked: Command | None) -> None:
     """Which rows there are follows from split, columns and limit, and the default shard size from their number."""
-    other_number, known = "num_rows" in found, then is not None and asked is not None
+    other_number = "num_rows" in found
+    commands = (then, asked) if then is not None and asked is not None else None
     if "dataset_fingerprint" in found:
-        limited = (
-            known and other_number and then.limit != asked.limit and (then.limit in _parts(stored) or asked.limit in _parts(now))
-        )
-        if (source := _other_source(stored, now)) or (known and then.columns != asked.columns):
+        limited = commands is not None and other_number and _one_limit_is_seen(stored, now, *commands)
+        if (source := _other_source(stored, now)) or (commands is not None and commands[0].columns != commands[1].columns):
             if "dataset" not in source:
                 found -= {"dataset_fingerprint", "num_rows"}
                 found |= source or {"columns"}
-        elif limited and (limited := _one_file_has_both(stored, now, then, asked)):
+        elif limited and commands is not None and (limited := _one_file_has_both(stored, now, *commands)):
             found -= {"num_rows", "dataset_fingerprint"}
-        elif other_number and not known:  # a limit, most likely; a file that has changed is not ruled out
+        elif other_number and commands is None:  # a limit, most likely; a file that has changed is not ruled out
             found -= {"dataset_fingerprint"}
         if limited:
             found |= {"limit"}
     if other_number and asked is not None and not any(command is not None and command.shard_size for command in (then, asked)):
         found.discard("shard_size")
+
+
+def _one_limit_is_seen(stored: Identity, now: Identity, then: Command, asked: Command) -> bool:
+    """Whether limits differ, and one of them is the number of rows that a dataset then has."""
+    return then.limit != asked.limit and (then.limit in _parts(stored) or asked.limit in _parts(now))
 
 
 def _one_file_has_both(stored: Identity, now: Identity, then: Command, asked: Command) -> bool:
@@ -389,7 +394,7 @@ def rerun(identity: Identity, store: Path, command: Command | None = None) -> st
         "--shard-size": identity.shard_size,
         "--ref-store": store,
     }
-    given = [word for each in identity.datasets or () for word in ("--dataset", each.dataset)]
+    given: list[object] = [word for each in identity.datasets or () for word in ("--dataset", each.dataset)]
     given += [word for option, value in options.items() if value is not None for word in (option, value)]
     return cli("precompute", *given)
 
@@ -446,9 +451,9 @@ assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"
 
 def _shown(name: str, identity: Identity, command: Command | None) -> str:
     """A field with its value, and with what a command says of it."""
-    if name == "limit":
+    if name == "limit" and command is not None:
         return f"limit {command.limit or 'none'} ({identity.num_rows:,} rows)"
-    if name == "columns":
+    if name == "columns" and command is not None:
         return f"columns {command.columns or 'as they are'}"
     text = f"{name} {shown(name, identity)}"
     if name == "chat_template_sha256" and command is not None:
@@ -495,7 +500,7 @@ def _changed_under_its_name(stored: Identity, now: Identity, names: list[str]) -
         f"The weights behind {now.model} have changed since: pin a --revision.",
         f"The rows of {now.dataset} have changed since.",
     )
-    told = {
+    told: dict[str, tuple[str, tuple[str, ...]]] = {
         "weights_sha256": (model, ("model", "revision")),
         "config_sha256": (f"The configuration of {now.model} has changed since.", ("model", "revision")),
         "tokenizer_sha256": (f"The tokenizer {now.tokenizer} has changed since.", ("tokenizer", "revision")),

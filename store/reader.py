@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.errors import StoreError
-from store.folder import missing_shards, refuse_non_store, stored_identity
+from store.folder import identity_of, missing_shards, refuse_non_store
 from store.integrity import Check, advice, damage
 from store.manifest import Identity, Manifest, manifest_path
 from store.schema import DATASET, SCHEMA, SourceColumn, schema_of, without_token_logps
@@ -50,19 +50,18 @@ def load_manifest(path: Path) -> Manifest:
     """The manifest of the store at `path`. InputError if that is no store, StoreError if it is unsealed or its manifest broken."""
     refuse_non_store(path)
     if not manifest_path(path).exists():
-        identity = stored_identity(path)
+        identity = identity_of(path)
         raise unsealed(path, identity, missing_shards(path, identity))
     return Manifest.load(manifest_path(path))
 
 
 def _combined(path: Path, manifest: Manifest, found: list[StoreError]) -> StoreError:
     """One error for several damaged files; names the first ten."""
-    listed = ", ".join(f"{error.where.name} ({error.what.partition(':')[0]})" for error in found[:10])
+    names = [Path(str(error.where)).name for error in found]
+    listed = ", ".join(f"{name} ({error.what.partition(':')[0]})" for name, error in list(zip(names, found, strict=True))[:10])
     shards = {shard.name for shard in manifest.shards}  # a file beside them is not ours to remove
     what = f"{len(found)} files are not as sealed: {listed}{', …' if len(found) > 10 else ''}"
-    return StoreError(
-        what, where=path, next=advice(path, manifest, *(error.where.name for error in found if error.where.name in shards))
-    )
+    return StoreError(what, where=path, next=advice(path, manifest, *(name for name in names if name in shards)))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,8 @@ class Store:
         for place, position in enumerate(positions):
             shard, row = self._locate(int(position))
             wanted.setdefault(shard, []).append((row, place))
-        tables, places = [], []
+        tables: list[pa.Table] = []
+        places: list[int] = []
         for shard, rows in sorted(wanted.items()):
             tables += self._rows(shard, sorted(rows), names)
             places += [place for _, place in sorted(rows)]

@@ -16,12 +16,12 @@ OPTIONAL = {"optional": True}
 """Metadata of a field that files made before it existed lack: absent means None, and None is not written."""
 
 
-def plain(record: object) -> dict:
+def plain(record: typing.Any) -> dict[str, typing.Any]:
     """A dataclass as JSON objects and lists, without its optional fields that are None."""
-    return _without_absent(record, asdict(record))
+    return typing.cast(dict[str, typing.Any], _without_absent(record, asdict(record)))
 
 
-def _without_absent(record: object, value: object) -> object:
+def _without_absent(record: typing.Any, value: typing.Any) -> typing.Any:
     if is_dataclass(record):
         absent = {field.name for field in fields(record) if field.metadata.get("optional") and getattr(record, field.name) is None}
         return {name: _without_absent(getattr(record, name), item) for name, item in value.items() if name not in absent}
@@ -64,7 +64,7 @@ def _refuse_constant(name: str) -> None:
 def build(cls: type[T], value: object, where: object) -> T:
     """An instance of the dataclass `cls` from a parsed JSON object. StoreError, naming the field, unless it fits exactly."""
     try:
-        return _convert(cls, value, "")
+        return typing.cast(T, _convert(cls, value, ""))
     except _Misfit as misfit:
         raise StoreError(f"malformed {cls.__name__.lower()}: {misfit}", where=where, next=_ALTERED) from misfit
 
@@ -76,9 +76,9 @@ class _Misfit(ValueError):
     pass
 
 
-def _convert(hint: object, value: object, name: str) -> object:
+def _convert(hint: typing.Any, value: object, name: str) -> object:
     """`value` as the type `hint`; containers and nested dataclasses are followed. `name` is the path of the field in messages."""
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _convert_record(hint, value, name)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # only `X | None` occurs

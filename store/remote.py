@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from store import disk
 from store.command import Command, again
 from store.errors import InputError, StoreError
 from store.folder import prepare_store
 from store.manifest import FORMER_MANIFEST, MANIFEST, Identity, Manifest, ShardFile, check_same, manifest_path
-from store.reader import open_store
+from store.reader import Store, open_store
 from store.schema import SUMS_ONLY_NOTE
 from store.seal import sha256_of
 
@@ -111,7 +112,7 @@ def push(path: Path, target: str, progress: Progress | None = None, *, private: 
     return url
 
 
-def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> str:
+def _push_to_hub(store: Store, repo: str, private: bool, progress: Progress | None) -> str:
     """Shards in one commit, then manifest and card in another. The Hub keeps uploaded chunks: a second try sends only what is
     missing."""
     from huggingface_hub import HfApi
@@ -167,7 +168,7 @@ def _push_to_hub(store, repo: str, private: bool, progress: Progress | None) -> 
     return f"hf://datasets/{repo}"
 
 
-def _on_hub(api, repo: str) -> dict[str, str | None]:
+def _on_hub(api: Any, repo: str) -> dict[str, str | None]:
     """File name -> sha256 (None for files that are not stored as large files)."""
     siblings = api.repo_info(repo, repo_type="dataset", files_metadata=True).siblings or []
     return {each.rfilename: each.lfs.sha256 if each.lfs is not None else None for each in siblings}
@@ -214,7 +215,7 @@ def _manifest_name(exists: Callable[[str], bool]) -> str:
     return FORMER_MANIFEST if exists(FORMER_MANIFEST) and not exists(MANIFEST) else MANIFEST
 
 
-def _remote_manifest(files, root: str, url: str) -> Manifest:
+def _remote_manifest(files: Any, root: str, url: str) -> Manifest:
     name = _manifest_name(lambda name: files.exists(f"{root}/{name}"))
     try:
         data = files.cat_file(f"{root}/{name}")
@@ -231,7 +232,7 @@ def _remote_manifest(files, root: str, url: str) -> Manifest:
             ) from error
 
 
-def _refuse_other(files, root: str, url: str, identity: Identity) -> None:
+def _refuse_other(files: Any, root: str, url: str, identity: Identity) -> None:
     if any(files.exists(f"{root}/{name}") for name in (MANIFEST, FORMER_MANIFEST)):
         check_same(_remote_manifest(files, root, url).identity, identity, url)
     elif files.exists(root) and any(
@@ -240,7 +241,7 @@ def _refuse_other(files, root: str, url: str, identity: Identity) -> None:
         raise InputError("neither empty nor a reference store; nothing was touched", where=url, next="Choose another target.")
 
 
-def _pull_shard(files, root: str, shard: ShardFile, path: Path) -> None:
+def _pull_shard(files: Any, root: str, shard: ShardFile, path: Path) -> None:
     final = path / shard.name
     if final.exists():
         if final.stat().st_size == shard.size and sha256_of(final) == shard.sha256:
@@ -267,7 +268,7 @@ def _pull_shard(files, root: str, shard: ShardFile, path: Path) -> None:
         disk.drop(staged)
 
 
-def _sha256(files, name: str) -> str:
+def _sha256(files: Any, name: str) -> str:
     digest = hashlib.sha256()
     with files.open(name, "rb") as stream:
         while block := stream.read(1 << 22):

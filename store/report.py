@@ -297,7 +297,7 @@ def _completion(pair: dict, side: str, decode: Decode | None, there: dict | None
     """{pieces, more}: the beginning of a completion, and what is said of the rest. `there`: the same pair in the other store."""
     ids, logps = pair[f"{side}_ids"], pair[f"{side}_token_logps"]
     same = there is not None and there["prompt_ids"] == pair["prompt_ids"] and _agree(there[f"{side}_ids"], ids)
-    others = there[f"{side}_token_logps"] if same else []
+    others = there[f"{side}_token_logps"] if there is not None and same else []
     if decode is not None:
         found = pieces(ids, decode, pair["prompt_ids"])
     else:
@@ -323,18 +323,20 @@ def _agree(one: list[int], other: list[int]) -> bool:
 def _shade(ids: list[int], logps: Sequence[float | None], others: Sequence[float | None] | None) -> tuple[str, str]:
     """(class, title) of one piece; several tokens count together. `others`: what the other store has, None where none is compared with."""
     tokens = "token " + " ".join(map(str, ids))
-    if any(logp is None for logp in logps):
+    known = [each for each in logps if each is not None]
+    if len(known) < len(logps):
         return "", tokens
-    logp = sum(logps)
+    logp = sum(known)
     if others is None:
         step = sum(logp < limit for limit in LOGP_STEPS)
         return (f"l{step}" if step else ""), f"{tokens}: {logp:.3f}"
-    if len(others) < len(logps) or any(each is None for each in others):
+    there = [each for each in others if each is not None]
+    if len(there) < max(len(logps), len(others)):
         return "", f"{tokens}: {logp:.3f} here"
-    change = sum(others) - logp
+    change = sum(there) - logp
     step = bisect_right(CHANGE_STEPS, abs(change))
     shade = f"{'u' if change > 0 else 'd'}{step}" if step else ""
-    return shade, f"{tokens}: {logp:.3f} here, {sum(others):.3f} there, {change:+.3f}"
+    return shade, f"{tokens}: {logp:.3f} here, {sum(there):.3f} there, {change:+.3f}"
 
 
 def _compare(connection: duckdb.DuckDBPyConnection, store: Store, other: Store, decode: Decode | None) -> Comparison:
@@ -359,7 +361,7 @@ def _compare(connection: duckdb.DuckDBPyConnection, store: Store, other: Store, 
     )
 
 
-def _identities(here: Identity, there: Identity):
+def _identities(here: Identity, there: Identity) -> Iterator[tuple[str, object, object, bool]]:
     for name, value in here.to_json().items():
         others = getattr(there, name)
         yield name, value, others, value != others and name not in NAMES

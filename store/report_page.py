@@ -1,9 +1,10 @@
 """The HTML of a report. Everything is in the page: styles, pictures, texts. No script."""
 
 import datetime
+from typing import Any
 
 
-def render(**values) -> str:
+def render(**values: Any) -> str:
     """The page; every value is escaped."""
     import jinja2
 
@@ -12,7 +13,7 @@ def render(**values) -> str:
     return environment.from_string(PAGE).render(**values, today=datetime.date.today().isoformat())
 
 
-def _number(value) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, int):
@@ -20,7 +21,7 @@ def _number(value) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text[:12] if len(text) >= 32 and all(letter in "0123456789abcdef" for letter in text) else text
 

@@ -1,6 +1,7 @@
 """The pictures of a report, as PNG bytes: small enough for a phone's width, each answering one question."""
 
 import io
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -44,7 +45,7 @@ def compared(connection: duckdb.DuckDBPyConnection) -> dict[str, bytes]:
     }
 
 
-def _axes(xlabel: str, ylabel: str):
+def _axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,7 +57,7 @@ def _axes(xlabel: str, ylabel: str):
     return figure, axes
 
 
-def log_scale(axes) -> None:
+def log_scale(axes: Any) -> None:
     """Numbers of tokens as people write them, 2,000 rather than 2 x 10^3."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -66,7 +67,7 @@ def log_scale(axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _png(figure) -> bytes:
+def _png(figure: Any) -> bytes:
     from matplotlib import pyplot
 
     stream = io.BytesIO()
@@ -81,7 +82,7 @@ def _columns(connection: duckdb.DuckDBPyConnection, sql: str) -> list:
     return [column.to_numpy() for column in table.columns]
 
 
-def _lengths(connection, max_length: int) -> bytes:
+def _lengths(connection: duckdb.DuckDBPyConnection, max_length: int) -> bytes:
     figure, axes = _axes("tokens", "pairs")
     sides = _columns(connection, "select num_prompt_tokens, num_chosen_tokens, num_rejected_tokens from pairs")
     bins = np.geomspace(max(1, min(values.min() for values in sides)), max(2, max(values.max() for values in sides)) + 1, 50)
@@ -92,7 +93,7 @@ def _lengths(connection, max_length: int) -> bytes:
     return _png(figure)
 
 
-def _histogram(connection, value: str, label: str, table: str = "pairs") -> bytes:
+def _histogram(connection: duckdb.DuckDBPyConnection, value: str, label: str, table: str = "pairs") -> bytes:
     """Between the 0.5 and 99.5 % quantiles; what lies beyond is counted in the outermost bars."""
     (values,) = _columns(connection, f"select {value} from {table}")
     low, high = np.quantile(values, [0.005, 0.995])
@@ -106,7 +107,7 @@ def _histogram(connection, value: str, label: str, table: str = "pairs") -> byte
     return _png(figure)
 
 
-def _by_length(connection) -> bytes:
+def _by_length(connection: duckdb.DuckDBPyConnection) -> bytes:
     figure, axes = _axes("completion tokens", "sum of log-probs, nats")
     for side, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
         tokens, logps = _columns(connection, f"select num_{side}_tokens, ref_{side}_logps from pairs using sample 4000 rows")
@@ -115,7 +116,7 @@ def _by_length(connection) -> bytes:
     return _png(figure)
 
 
-def _by_position(connection) -> bytes:
+def _by_position(connection: duckdb.DuckDBPyConnection) -> bytes:
     figure, axes = _axes("position in the completion", "log-prob of the token, nats")
     rows = connection.execute(BY_POSITION).fetchall()
     for side, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
@@ -129,7 +130,7 @@ def _by_position(connection) -> bytes:
     return _png(figure)
 
 
-def _truncation(connection, max_length: int) -> bytes:
+def _truncation(connection: duckdb.DuckDBPyConnection, max_length: int) -> bytes:
     """How many pairs are whole under every max_length up to the store's: what `train --max-length` would cost. Those that the store
     itself cut are whole under none of them."""
     figure, axes = _axes("max length, tokens", "pairs whole, %")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -65,7 +66,7 @@ class SourceColumn:
     type: str
     """A key of SOURCE_TYPES."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.type not in SOURCE_TYPES:
             raise ValueError(f"type of {self.name!r} must be one of {', '.join(SOURCE_TYPES)}, is {self.type!r}")
         if self.name.lower() in RESERVED:
@@ -76,7 +77,7 @@ class SourceColumn:
         return pa.field(self.name, SOURCE_TYPES[self.type])
 
 
-def schema_of(identity, source: Iterable[SourceColumn] | None = None) -> pa.Schema:
+def schema_of(identity: Any, source: Iterable[SourceColumn] | None = None) -> pa.Schema:
     """The columns of a store: SCHEMA, DATASET where it has several, and those of the source."""
     own = SCHEMA if identity.datasets is None else SCHEMA.append(DATASET)
     return pa.schema([*own, *(column.field for column in source or ())])

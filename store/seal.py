@@ -161,7 +161,7 @@ def _added_up(shards: list[tuple[ShardReport, Sidecar | None]]) -> dict[str, Any
     total["tokens_per_second"] = sum(report.model_tokens for report, _ in timed) / seconds if seconds > 0 else None
     for name in ("worker", "host", "device", "tokens_per_batch"):
         total[f"shards_by_{name}"] = dict(Counter(str(each[name]) for _, each in known if name in each))
-    reused = Counter()
+    reused: Counter[str] = Counter()
     for _, each in known:
         reused.update(each.get("reused", {}))
     if reused:

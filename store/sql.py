@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 from weakref import WeakKeyDictionary
 
 import duckdb
@@ -34,7 +34,7 @@ import pyarrow.parquet
 
 from store import disk
 from store.errors import InputError, RefdpoError
-from store.folder import refuse_non_store, stored_identity, stored_source_columns
+from store.folder import identity_of, refuse_non_store, stored_identity, stored_source_columns
 from store.manifest import manifest_path
 from store.reader import open_store
 from store.schema import SCHEMA, schema_of
@@ -132,7 +132,9 @@ class _Decoding:
     """The two functions that SQL calls for texts. DuckDB turns what they raise into its own error, so they remember it."""
 
     def __init__(self, decode: Decode):
-        self._decode, self._vocabulary, self.refused = decode, None, None
+        self._decode = decode
+        self._vocabulary: Vocabulary | None = None
+        self.refused: RefdpoError | None = None
 
     def register(self, connection: duckdb.DuckDBPyConnection) -> None:
         text = {"return_type": "VARCHAR", "type": "arrow"}
@@ -160,7 +162,7 @@ class _Decoding:
 
 def sums_only(path: Path) -> bool:
     """Of the store at `path`: Identity.sums_only."""
-    return stored_identity(Path(path)).sums_only
+    return identity_of(Path(path)).sums_only
 
 
 def readable_shards(path: Path) -> list[Path]:
@@ -169,7 +171,7 @@ def readable_shards(path: Path) -> list[Path]:
     refuse_non_store(path)
     if manifest_path(path).exists():
         return [path / shard.name for shard in open_store(path, check="none").manifest.shards]
-    return [path / part_name(index) for index in sorted(finished_shards(path, stored_identity(path)))]
+    return [path / part_name(index) for index in sorted(finished_shards(path, identity_of(path)))]
 
 
 def run(connection: duckdb.DuckDBPyConnection, sql: str, format: Format = "table") -> str:
@@ -254,7 +256,7 @@ def _asking(connection: duckdb.DuckDBPyConnection) -> Iterator[Callable]:
     become InputErrors."""
     with ThreadPoolExecutor(1) as thread:
 
-        def ask(work: Callable):
+        def ask(work: Callable) -> Any:
             asked = thread.submit(work)
             try:
                 return asked.result()

@@ -9,14 +9,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from store import disk
 from store.claim import CLAIM_EXPIRES_S, alive
 from store.command import cli
-from store.folder import refuse_non_store, stored_command, stored_identity
+from store.folder import identity_of, refuse_non_store, stored_command
 from store.manifest import MANIFEST, Identity, Manifest, manifest_path, rerun
 from store.shard import part_name
 
@@ -63,7 +63,7 @@ def status(path: Path) -> Status:
     """Look at the store at `path`, sealed or not. InputError for a path that is no store."""
     path = Path(path)
     refuse_non_store(path)
-    identity = stored_identity(path)
+    identity = identity_of(path)
     now = time.time()
     finished = dict(_times(path, "part-"))
     missing = tuple(shard for shard in range(identity.num_shards) if part_name(shard) not in finished)
@@ -150,9 +150,9 @@ def describe(status: Status, path: Path) -> str:
     return "\n".join(lines)
 
 
-def _listed(items) -> str:
-    items = list(items)
-    return f" ({'; '.join(items[:SHOWN])}{'; …' if len(items) > SHOWN else ''})" if items else ""
+def _listed(items: Iterable[str]) -> str:
+    listed = list(items)
+    return f" ({'; '.join(listed[:SHOWN])}{'; …' if len(listed) > SHOWN else ''})" if listed else ""
 
 
 def _age(seconds: float) -> str:

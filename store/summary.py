@@ -3,13 +3,14 @@
 import shutil
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import duckdb
 
 from store.command import cli
 from store.errors import StoreError
-from store.folder import missing_shards, stored_command, stored_identity
+from store.folder import identity_of, missing_shards, stored_command
 from store.manifest import MANIFEST, Identity, Manifest, Totals, manifest_path, rerun, totals_of
 from store.schema import SUMS_ONLY_NOTE
 from store.shard import read_footer
@@ -44,7 +45,7 @@ def summary(path: Path, width: int | None = None) -> str:
     path = Path(path)
     width = width or max(80, shutil.get_terminal_size().columns)
     files = readable_shards(path)
-    identity = stored_identity(path)
+    identity = identity_of(path)
     manifest = Manifest.load(manifest_path(path)) if manifest_path(path).exists() else None
     totals = manifest or totals_of([read_footer(file)[1] for file in files])
     size = sum(file.stat().st_size for file in files)
@@ -158,7 +159,7 @@ def _next_line(path: Path, identity: Identity, manifest: Manifest | None) -> str
     return f"{'ask more':11}{cli('inspect', '--ref-store', path, '--sql', 'describe pairs')}"
 
 
-def _row(title: str, cells) -> str:
+def _row(title: str, cells: Iterable[object]) -> str:
     return f"{title:33}" + "".join(f"{cell:>9}" for cell in cells)
 
 

@@ -37,7 +37,8 @@ class Vocabulary:
     """What each token says by itself, inside a text; asked of the tokenizer once for each id."""
 
     def __init__(self, decode: Decode):
-        self._decode, self._known = decode, {}
+        self._decode = decode
+        self._known: dict[int, str] = {}
         self._letter = next((id_ for id_ in range(1000) if _is_letter(id_, decode)), None)
 
     def __getitem__(self, token: int) -> str:

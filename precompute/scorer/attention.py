@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ HARMLESS = {"position_ids", "cache_position", "position_embeddings", "output_att
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-KERNELS = {
+KERNELS: dict[str, Any] = {
     "default": None,
     "FA3": ("FlashAttention 3 (module flash_attn_interface)", (9,)),
     "FA4": ("FlashAttention 4 (package flash-attn-4)", (9, 10)),

@@ -27,13 +27,13 @@ def decoder_of(identity: "Identity", name: str | None = None) -> Decode | None:
 
 def lazy_decoder(store: Path, name: str | None = None) -> Decode:
     """The same for the store at `store`; the tokenizer is loaded when it is called first. InputError then, if it is not at hand."""
-    from store.folder import stored_identity
+    from store.folder import identity_of
 
     loaded: list[Decode] = []
 
     def decode(ids: list[int]) -> str:
         if not loaded:
-            loaded.append(_load(stored_identity(store), name))
+            loaded.append(_load(identity_of(store), name))
         return loaded[0](ids)
 
     return decode

@@ -8,6 +8,7 @@ bfloat16 `F.rms_norm` rounds once, where Llama's and Qwen's own norms round befo
 
 import inspect
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,8 @@ def use_fused_norms(model: PreTrainedModel) -> list[torch.nn.Module]:
     return replaced
 
 
-def _epsilon(module: torch.nn.Module) -> float | None:
+def _epsilon(module: torch.nn.Module) -> Any:
+    """A number, or None where a norm has none that we know."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def score(model: PreTrainedModel, sequences: list[Sequence], *, layout: Layout, 
     Logits are computed in the model's dtype; the softmax over the vocabulary in float32. Results do not depend on what else is in the
     list beyond the rounding of the model's dtype. Raises InputError when `layout` cannot score this architecture.
     """
-    results: list[np.ndarray | None] = [None] * len(sequences)
+    results: list[Any] = [None] * len(sequences)
     for batch in score_batches(model, sequences, layout=layout, tokens_per_batch=tokens_per_batch):
         for index, logps in zip(batch.members, batch.token_logps, strict=True):
             results[index] = logps

@@ -157,7 +157,7 @@ def made_up(lengths: list[int], model: PreTrainedModel) -> list[Sequence]:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     vocabulary = min(len(each.weight) for each in ends if each is not None)
     trunk = generator.integers(0, vocabulary, max(lengths))
-    sequences = []
+    sequences: list[Sequence] = []
     for length in lengths:
         for shared in (length - 3, max(length // 2, min(MIN_SHARED + 1, length - 2))):
             ids = np.concatenate([trunk[:shared], generator.integers(0, vocabulary, length - shared)])

@@ -98,8 +98,8 @@ def _length_entries(config) -> list[tuple[dict, str]]:
     places = [(vars(config), name) for name in vars(config) if LENGTH_NAME.match(name)]
     for name in ("rope_parameters", "rope_scaling"):
         places += [(each, key) for each in _dicts(getattr(config, name, None)) for key in each if LENGTH_NAME.match(key)]
-    places = {(id(holder), name): (holder, name) for holder, name in places}  # rope_scaling may be another name of rope_parameters
-    return [(holder, name) for holder, name in places.values() if type(holder[name]) is int and holder[name] > 0]
+    once = {(id(holder), name): (holder, name) for holder, name in places}  # rope_scaling may be another name of rope_parameters
+    return [(holder, name) for holder, name in once.values() if type(holder[name]) is int and holder[name] > 0]
 
 
 def _cut_lengths(config) -> tuple[int, ...]:
