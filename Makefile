@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 MARK ?= not slurm and not slow
+JOBS ?= 2
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
@@ -18,7 +19,7 @@ SQL := select row, round(ref_chosen_logps, 1) as chosen, round(ref_rejected_logp
 
 help:
 	@echo "make demo    both phases with a tiny model: a reference store in store/demo, a DPO run in runs/demo (two minutes)"
-	@echo "make test    the tests, but those of the next two lines"
+	@echo "make test    the tests, but those of the next two lines; JOBS=4 for four processes instead of two"
 	@echo "make test-slurm  the batch scripts on real Slurm daemons, installed if absent (root; ten minutes)"
 	@echo "make test-all    all of them, packed ZeRO-2 training against TRL's too: what CI runs"
 	@echo "make gpu     all that is claimed for GPUs, on this machine's: a report in runs/gpu (eight minutes)"
@@ -84,9 +85,10 @@ demo: $(INSTALLED)
 		'       python cli.py precompute --dataset YOURS.jsonl --model DIR_OR_HUB_ID --max-length 2048 --dtype bfloat16' \
 		'       python cli.py train --ref-store store/YOURS'
 
-# One thread per process: several tests start two or three processes of their own.
+# Files are dealt to JOBS processes, in the order of their names: what the tests of a file share is made once, and the last long file starts two
+# processes of its own. One thread per process, for several tests start two or three.
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m pytest -q -m "$(MARK)"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m pytest -q -m "$(MARK)" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slurm:
 	@$(MAKE) --no-print-directory test MARK=slurm

@@ -1,5 +1,6 @@
 """Fixtures for all tests: offline, tiny models, one thread per process so that two cores suffice."""
 
+import fcntl
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/tiny.py and the other he
 import pytest
 import tiny
 
+from demo.model import make_demo_model
+
 # A shell that starts a command in the background has it ignore Ctrl-C, and so would every process that a test sends it to.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,3 +34,14 @@ def tiny_llama(tmp_path_factory) -> Path:
 def tiny_olmo3(tmp_path_factory) -> Path:
     """Folder of a tiny random OLMo-3-type model (sliding window, grouped queries) and its tokenizer."""
     return tiny.save(tmp_path_factory.mktemp("models") / "olmo3", kind="olmo3")
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory) -> Path:
+    """The demo's model, made once for all processes that share the tests out among them; whatever lies in demo/model is left alone."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "demo-model.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first, which is cheaper than making it too
+        return make_demo_model(folder / "demo-model")

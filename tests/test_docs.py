@@ -21,9 +21,7 @@ from one_rank import one_rank
 from settings_page import page as settings_page
 
 import cli
-from demo.model import make_demo_model
 from presets import PRESETS
-from store.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -47,15 +45,12 @@ def normal(line: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An empty working folder with the demo's model: the repository's, or a new one where that is of other demo files."""
+def folder(demo_model, tmp_path_factory):
+    """An empty working folder with the demo's model."""
     folder = tmp_path_factory.mktemp("walkthrough")
     model = folder / "demo" / "model"
     model.parent.mkdir()
-    try:
-        model.symlink_to(make_demo_model(ROOT / "demo" / "model"))
-    except InputError:
-        make_demo_model(model)
+    model.symlink_to(demo_model)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("REFDPO_CACHE", str(folder / "cache"))

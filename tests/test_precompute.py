@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import cli
 from store.reader import open_store
 from store.verify import verify
 
@@ -165,9 +167,15 @@ def test_a_worker_killed_among_others_is_replaced(one_worker, rows, tiny_olmo3, 
     assert (store / "_manifest.json").exists()
 
 
+def again(argv: list[str]) -> tuple[int, str]:
+    """(exit code, stderr) of the command, run in this process: start-up is most of what it costs."""
+    result = CliRunner().invoke(cli.main, argv[2:])
+    return result.exit_code, result.stderr
+
+
 def test_running_again_changes_nothing_and_another_identity_is_refused(one_worker, rows, tiny_olmo3, tiny_llama, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in one_worker.iterdir()}
-    finish(start(command(rows, tiny_olmo3, one_worker)))
+    assert again(command(rows, tiny_olmo3, one_worker))[0] == 0
     for argv, message in (
         (command(rows, tiny_llama, one_worker), "made with another model"),
         (command(write_rows(tmp_path / "other.jsonl", 69), tiny_olmo3, one_worker), "made with another dataset"),
@@ -176,7 +184,8 @@ def test_running_again_changes_nothing_and_another_identity_is_refused(one_worke
             "made with another max length.*expected max_length 100.*found max_length 200",
         ),
     ):
-        _, err = finish(start([*argv, "--quiet"]), code=1)
+        code, err = again([*argv, "--quiet"])
+        assert code == 1, err
         assert err.count("\n") == 1 and err.startswith("Error: ")
         assert re.search(message, err), err
     assert {path: path.stat().st_mtime_ns for path in one_worker.iterdir()} == before
@@ -189,6 +198,6 @@ def test_non_finite_scores_are_never_written(rows, tmp_path):
     model.model.embed_tokens.weight[tiny.make_tokenizer().convert_tokens_to_ids("<|im_start|>"), 3] = float("inf")
     model.save_pretrained(tmp_path / "broken")
     tiny.make_tokenizer().save_pretrained(tmp_path / "broken")
-    _, err = finish(start(command(rows, tmp_path / "broken", tmp_path / "store", "--layout", "padded")), code=1)
-    assert err.count("Error:") == 1 and ("nan" in err or "finite" in err), err
+    code, err = again(command(rows, tmp_path / "broken", tmp_path / "store", "--layout", "padded"))
+    assert code == 1 and err.count("Error:") == 1 and ("nan" in err or "finite" in err), err
     assert not list((tmp_path / "store").glob("*.parquet"))

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from slurm_cluster import DONE, Slurm, cluster, obstacle
 
-from demo.model import make_demo_model
 from store.reader import open_store
 from store.verify import verify
 
@@ -32,9 +31,8 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """The demo's model, in a folder of its own: whatever lies in demo/model is left alone."""
-    return make_demo_model(tmp_path_factory.mktemp("model") / "demo")
+def model(demo_model) -> Path:
+    return demo_model
 
 
 @pytest.fixture(scope="module")
