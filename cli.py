@@ -18,7 +18,7 @@ from default_store import default_report
 from options import FILE, LOCAL_STORE, STORE_TO_READ, Argument, Option, StorePath, collected, options_of
 from parsing import Command, as_called
 from precompute.config import SPEED, AnalyzeConfig, PrecomputeConfig, StoreConfig
-from precompute.scorer import Layout
+from precompute.scorer import AttentionKernel, Layout
 from slurm.submit import Resources, SubmitConfig
 from store.command import cli
 from store.errors import InputError, RefdpoError
@@ -308,6 +308,8 @@ def export_cmd(
 def import_cmd(
     cache: Annotated[Path, Option("TRL's Arrow file with ref_chosen_logps, ref_rejected_logps.", type=FILE)],
     num_pairs: Annotated[int, Option("Random pairs scored again to check the cache.", at_least=1)] = 8,
+    layout: Annotated[Layout, Option("Of that check; padded is TRL's own.")] = "padded",
+    attention_kernel: Annotated[AttentionKernel, Option("Of --layout packed on a GPU, as of precompute.")] = "default",
     **given,
 ) -> None:
     """Make a store from the cache of TRL's precompute pass, after scoring some pairs again.
@@ -315,7 +317,7 @@ def import_cmd(
     Dataset, model, max length, dtype and limit are those that TRL was given. The store has sums only: train takes it at its own max length
     and without --ld-alpha.
     """
-    config = PrecomputeConfig.of(given)
+    config = PrecomputeConfig.of(given | {"layout": layout, "attention_kernel": attention_kernel})
     from quiet import quiet_libraries
 
     quiet_libraries()
@@ -400,13 +402,14 @@ def verify_cmd(
     num_pairs: Annotated[int, Option("Size of that sample.", at_least=1)] = 16,
     seed: Annotated[int, Option("Of the random choice.", at_least=0)] = 0,
     layout: Annotated[Layout | None, Option(default="the one the store was made in")] = None,
+    attention_kernel: Annotated[AttentionKernel, Option("Of the packed layout on a GPU, as of precompute.")] = "default",
 ) -> None:
     """Check a sealed store: checksums, row coverage, footers, values and counts; with --model also the numbers."""
     from store.bar import bar
     from store.verify import verify
 
     context = click.get_current_context()
-    needless = [name for name in ("revision", "num_pairs", "seed", "layout") if _given(context, name)]
+    needless = [name for name in ("revision", "num_pairs", "seed", "layout", "attention_kernel") if _given(context, name)]
     if model is None and needless:
         raise InputError("belongs to --model", where=", ".join(f"--{name.replace('_', '-')}" for name in needless))
     if model is not None:
@@ -414,8 +417,11 @@ def verify_cmd(
 
         quiet_libraries()
         from precompute.scorer.api import config_sha256
+        from precompute.verify_model import device_for, verify_model
 
-        config = config_sha256(model, revision)  # a wrong name is seen before every byte of the store is read
+        # What cannot be is seen before every byte of the store is read.
+        config = config_sha256(model, revision)
+        where, layout = device_for(ref_store, layout, attention_kernel)
     with bar("verifying", "shards") as progress:
         findings = verify(ref_store, progress)
     for finding in findings:
@@ -424,9 +430,8 @@ def verify_cmd(
         sys.exit(1)
     click.echo(f"{ref_store}: intact")
     if model is not None:
-        from precompute.verify_model import verify_model
-
-        verify_model(ref_store, model, revision, config, num_pairs=num_pairs, seed=seed, layout=layout)
+        of_sample = {"num_pairs": num_pairs, "seed": seed, "layout": layout, "attention_kernel": attention_kernel}
+        verify_model(ref_store, model, revision, config, where=where, **of_sample)
 
 
 @command("status")

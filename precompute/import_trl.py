@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from precompute.config import PrecomputeConfig
 from precompute.pairs import Pair, tokenize_rows
-from precompute.scorer.api import TOLERANCE, score, self_test
+from precompute.scorer.api import TOLERANCE, named_kernel, score, self_test, use_kernel
 from precompute.scorer.packing import Sequence
 from precompute.shard import shard_of
 from precompute.source_columns import Beside, SourceColumns
@@ -39,6 +39,7 @@ def import_trl(
     pairs.
     """
     cached = read_cache(cache)
+    use_kernel(config.attention_kernel, layout=config.layout, device=device, dtype=config.dtype)
     rows, tokenizer, model, identity = load_inputs(config, device)
     identity = replace(identity, scorer_version=SUMS_ONLY)
     blocks = [
@@ -54,8 +55,9 @@ def import_trl(
             found=f"{len(cached):,}",
             next="Pass the dataset, split, tokenizer, template and --max-length that TRL was given.",
         )
-    self_test(model, config.dtype, layout="padded", tokens_per_batch=1)
-    _check_numbers(model, config.dtype, pairs, cached, num_pairs, cache)
+    with named_kernel(config.attention_kernel):
+        self_test(model, config.dtype, layout=config.layout, tokens_per_batch=_budget(config))
+    _check_numbers(model, config, pairs, cached, num_pairs, cache)
     command = config.command()
     prepare_store(config.ref_store, identity, command)
     offered = SourceColumns.of(rows)
@@ -103,18 +105,25 @@ def read_cache(path: Path) -> np.ndarray:
     return values
 
 
-def _check_numbers(model: PreTrainedModel, dtype: str, pairs: list[Pair], cached: np.ndarray, num_pairs: int, cache: Path) -> None:
+def _budget(config: PrecomputeConfig) -> int:
+    """Tokens per batch of the check: padded, each sequence stands alone."""
+    return 1 if config.layout == "padded" else config.tokens_per_batch
+
+
+def _check_numbers(
+    model: PreTrainedModel, config: PrecomputeConfig, pairs: list[Pair], cached: np.ndarray, num_pairs: int, cache: Path
+) -> None:
     chosen = sorted(np.random.default_rng(0).choice(len(pairs), size=min(num_pairs, len(pairs)), replace=False).tolist())
     sequences: list[Sequence] = [sequence for index in chosen for sequence in pairs[index].sequences]
-    now = score(model, sequences, layout="padded", tokens_per_batch=1)
+    now = score(model, sequences, layout=config.layout, tokens_per_batch=_budget(config))
     stored = cached[chosen].reshape(-1)
     off = [abs(float(new.sum(dtype=np.float64)) - old) / len(new) for new, old in zip(now, stored, strict=True)]
-    if not np.mean(off) <= TOLERANCE[dtype]:
+    if not np.mean(off) <= TOLERANCE[config.dtype]:
         worst = pairs[chosen[int(np.argmax(off)) // 2]].row
         raise InputError(
             f"these are not the log-probs of this model: {len(chosen)} random pairs are off by {np.mean(off):.2g} nats per token",
             where=f"--cache {cache}",
-            expected=f"at most {TOLERANCE[dtype]:g} in {dtype}",
+            expected=f"at most {TOLERANCE[config.dtype]:g} in {config.dtype}",
             found=f"{max(off):.2g} on row {worst}",
             next="Pass the model, dtype and dataset order that TRL was given, or score with precompute.",
         )

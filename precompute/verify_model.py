@@ -2,30 +2,50 @@
 
 from pathlib import Path
 
+import torch
+
 import devices
-from precompute.scorer import Layout
-from precompute.scorer.api import TOLERANCE, load_model, refuse_without_kernels, rescore, self_test, weights_sha256
+from precompute.scorer import AttentionKernel, Layout
+from precompute.scorer.api import TOLERANCE, load_model, named_kernel, rescore, self_test, use_kernel, weights_sha256
 from store.errors import StoreError
 from store.reader import open_store
 
 
+def device_for(ref_store: Path, layout: Layout | None, attention_kernel: AttentionKernel) -> tuple[torch.device, Layout]:
+    """Where and in which layout the sample will be scored; `layout` None: the one that made the store.
+
+    InputError where layout, device, dtype and kernel do not fit: known before every byte of the store is read.
+    """
+    store = open_store(ref_store, check="none")
+    layout = layout or store.manifest.provenance.get("layout", "packed")  # what made it; an imported store does not say
+    where = devices.device(0)
+    use_kernel(attention_kernel, layout=layout, device=where, dtype=store.identity.dtype)
+    return where, layout
+
+
 def verify_model(
-    ref_store: Path, model: str, revision: str | None, config: str, *, num_pairs: int, seed: int, layout: Layout | None
+    ref_store: Path,
+    model: str,
+    revision: str | None,
+    config: str,
+    *,
+    num_pairs: int,
+    seed: int,
+    where: torch.device,
+    layout: Layout,
+    attention_kernel: AttentionKernel = "default",
 ) -> None:
-    """Print what is found. `config`: sha256 of the model's configuration; `layout` None: the one that made the store.
+    """Print what is found. `config`: sha256 of the model's configuration; `where` and `layout`: device_for's.
 
     StoreError for weights or a configuration that are not the store's, and where they give other numbers here.
     """
     store = open_store(ref_store, check="none")
     identity = store.identity
-    layout = layout or store.manifest.provenance.get("layout", "packed")  # what made it; an imported store does not say
-    where = devices.device(0)
-    if layout == "packed":
-        refuse_without_kernels(where, identity.dtype)
     loaded = load_model(model, revision=revision, dtype=identity.dtype, device=where)
     checked = (("weights", weights_sha256(loaded), identity.weights_sha256), ("configuration", config, identity.config_sha256))
     others = [what for what, now, stored in checked if now != stored]
-    print(self_test(loaded, identity.dtype, layout=layout))
+    with named_kernel(attention_kernel):
+        print(self_test(loaded, identity.dtype, layout=layout))
     result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
     of = "completion's mean" if identity.sums_only else "token"
     print(

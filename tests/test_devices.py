@@ -7,15 +7,18 @@ import warnings
 from pathlib import Path
 from typing import get_args
 
+import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
+from one_rank import one_rank
 from train_setup import make_world
 
 import cli
 import devices
-import precompute.scorer.model
+import precompute.verify_model
 import precompute.worker
+import store.verify
 import train.run
 from precompute.scorer import AttentionKernel
 from precompute.scorer.attention import KERNELS, named_kernel, refuse_without_kernels, use_kernel
@@ -128,16 +131,25 @@ def commands(tmp_path_factory):
         "precompute": score,
         "train": ["--ref-store", world.store, "--output-dir", new],
         "verify": ["--ref-store", world.store, "--model", world.model],
+        "import": [*score, "--cache", folder / "cache.arrow"],
     }
+    sums = pa.table({f"ref_{side}_logps": [-1.0] * 4 for side in ("chosen", "rejected")})
+    with pa.ipc.new_stream(str(folder / "cache.arrow"), sums.schema) as cache:
+        cache.write_table(sums)
     return {name: [name, *map(str, words)] for name, words in given.items()}, new
 
 
+def load_nothing(monkeypatch) -> None:
+    for module in (precompute.worker, train.run, precompute.verify_model):
+        monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(store.verify, "verify", lambda *args: pytest.fail("every byte of the store was read"))
+
+
 @pytest.mark.parametrize("by_a_launcher", [False, True])
-@pytest.mark.parametrize("name", ["precompute", "train", "verify"])
+@pytest.mark.parametrize("name", ["precompute", "train", "verify", "import"])
 def test_commands_end_in_one_line_before_anything_is_loaded(machine, commands, name, by_a_launcher, monkeypatch):
     machine(counted=4, said=TOO_OLD)
-    for module in (precompute.worker, train.run, precompute.scorer.model):
-        monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    load_nothing(monkeypatch)
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items() if by_a_launcher else ():
         monkeypatch.setenv(variable, value)
     result = CliRunner().invoke(cli.main, commands[0][name])
@@ -145,6 +157,20 @@ def test_commands_end_in_one_line_before_anything_is_loaded(machine, commands, n
     errors = [line for line in result.output.splitlines() if line.startswith("Error:")]
     assert len(errors) == 1 and "4 GPUs are here, but PyTorch cannot use them" in errors[0]
     assert not commands[1].exists()
+
+
+@pytest.mark.parametrize("name", ["precompute", "train", "verify", "import"])
+def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_loaded(commands, name, monkeypatch):
+    load_nothing(monkeypatch)
+    for layout, text in (
+        ("packed", "--attention-kernel FA4: the kernel cannot run here; expected bfloat16 .*; found float32 on the CPU"),
+        ("padded", "--attention-kernel FA4: belongs to the packed layout"),
+    ):
+        with one_rank():
+            result = CliRunner().invoke(cli.main, [*commands[0][name], "--layout", layout, "--attention-kernel", "FA4"])
+        assert result.exit_code == 2, result.output
+        assert re.search(f"^Error: {text}", result.output, re.MULTILINE), result.output
+        assert not commands[1].exists()
 
 
 def test_a_gpu_that_does_not_compute(machine, monkeypatch):

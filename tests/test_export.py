@@ -244,6 +244,8 @@ def test_import_of_trls_own_cache(world, by_trl, tiny_llama, tmp_path):
     assert imported.columns(["ref_chosen_logps"])["ref_chosen_logps"].to_pylist() == list(sums["ref_chosen_logps"])  # to the bit
     assert "sums only" in output and "sums only" in call("inspect", "--ref-store", tmp_path / "store")
     call("verify", "--ref-store", tmp_path / "store", "--model", tiny_llama)
+    call("import", "--cache", by_trl[1], *inputs(world, tiny_llama), "--layout", "packed", "--ref-store", tmp_path / "packed")
+    assert open_store(tmp_path / "packed").columns(["ref_chosen_logps"]) == imported.columns(["ref_chosen_logps"])
     assert len(dataset_of(imported, MAX_LENGTH)) == 19
     for wrong in ({"max_length": 40}, {"max_length": MAX_LENGTH, "ld_alpha": 0.5}):
         with pytest.raises(InputError, match="sums only"):

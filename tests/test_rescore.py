@@ -106,6 +106,9 @@ def test_an_empty_store_and_options_without_a_model(stores, tiny_llama, tmp_path
     assert "--seed, --layout: belongs to --model" in call(
         "verify", "--ref-store", stores["packed"], "--seed", 3, "--layout", "padded", code=2
     )
+    assert "--attention-kernel: belongs to --model" in call(
+        "verify", "--ref-store", stores["packed"], "--attention-kernel", "FA3", code=2
+    )
     assert "0" in call("verify", "--ref-store", stores["packed"], "--model", tiny_llama, "--seed", "-1", code=2)
     path = stores["packed"] / MANIFEST
     assert (
