@@ -183,6 +183,7 @@ def test_the_next_command_has_what_precompute_must_know_too(tokenizer, tmp_path)
         **{f"{side}_column": side for side in ("prompt", "chosen", "rejected")},
     }
     others = {"max_length", "num_workers", "revision", "dataset_revision", "dataset_config"}  # the latter three are for the hub
+    others.add("config")  # what stands in the file is printed option by option
     switch = "--as-conversation"
     both = {option.name for option in cli.main.commands["analyze"].params} & {
         option.name for option in cli.main.commands["precompute"].params

@@ -23,6 +23,7 @@ import train.run
 from precompute.scorer import AttentionKernel
 from precompute.scorer.attention import KERNELS, named_kernel, refuse_without_kernels, use_kernel
 from store.errors import InputError
+from store.reader import open_store
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
 
@@ -171,6 +172,15 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_loaded(comm
         assert result.exit_code == 2, result.output
         assert re.search(f"^Error: {text}", result.output, re.MULTILINE), result.output
         assert not commands[1].exists()
+
+
+def test_a_store_records_the_kernel_that_made_it(commands, monkeypatch, tmp_path):
+    """Only its activation is left out."""
+    monkeypatch.setattr(precompute.worker, "use_kernel", lambda *args, **options: None)
+    words = [word.replace(str(commands[1]), str(tmp_path / "store")) for word in commands[0]["precompute"]]
+    result = CliRunner().invoke(cli.main, [*words, "--attention-kernel", "FA4"])
+    assert result.exit_code == 0, result.output
+    assert open_store(tmp_path / "store").manifest.provenance["attention_kernel"] == "FA4"
 
 
 def test_a_gpu_that_does_not_compute(machine, monkeypatch):

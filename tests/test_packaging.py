@@ -50,3 +50,12 @@ def test_make_installs_the_pinned_versions_with_pip_or_uv(tmp_path):
     pip, uv = f"pip install --disable-pip-version-check -c {tmp_path}/venv/constraints.txt", "uv pip install --python"
     assert with_pip.count(pip) == 2 and f"'{pinned}'" in with_pip and "uv " not in with_pip
     assert with_uv.count(uv) == 2 and with_uv.count("'torch==2.11.*'") == 2 and pip not in with_uv and pinned not in with_uv
+
+
+def test_newest_versions_are_those_that_nothing_pins(tmp_path):
+    make = ["make", "-n", "test-newest", f"NEWEST={tmp_path}/venv"]
+    install, run = subprocess.run(make, check=True, cwd=ROOT, capture_output=True, text=True).stdout.split("/.installed")
+    for name in ("torch", "transformers"):
+        assert install.count(f" '{name}'") == 2 and f"^{name}==" in install and f"'{name}==" not in install
+    for name in ("scoring", "attention_cuda", "kernels", "self_test", "packing", "train_packed", "train_gate", "store_reader"):
+        assert f"tests/test_{name}.py" in run

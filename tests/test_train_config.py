@@ -133,6 +133,8 @@ def test_sft_is_not_weighted():
         ({"fp16": {"enabled": True}}, "--dtype bfloat16", "fp16.enabled true"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}, "--learning-rate 1e-06", "optimizer.params.lr 1e-05"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}, "[0.9, 0.999]", "betas [0.9, 0.95]"),
+        ({"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}}, "--adam-epsilon 1e-08", "optimizer.params.eps 1e-06"),
+        ({"optimizer": {"params": {"weight_decay": 0.1}}}, "--weight-decay 0.0", "optimizer.params.weight_decay 0.1"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "--lr-scheduler-type linear", "scheduler WarmupLR"),
     ],
 )

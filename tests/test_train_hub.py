@@ -105,13 +105,16 @@ def test_a_refused_push_is_one_line_and_is_repeated_alone(endpoint, tmp_path):
 
     again = errors(train(world, tmp_path, "--resume-or-start", code=1))
     assert len(again) == 1 and "the Hub refused" in again[0]
+    for name in ("checkpoint-1/optimizer.pt", "runs/events", ".half/model.safetensors"):
+        (tmp_path / "run" / name).parent.mkdir()
+        (tmp_path / "run" / name).write_text("stays here")
     Hub.refuses = False
     assert "pushed to http://127.0.0.1/me/x/commit/1" in train(world, tmp_path, "--resume-or-start", code=0)
     assert "nothing to do" in train(world, tmp_path, "--resume-or-start", code=0)
     assert (tmp_path / "run" / "model.safetensors").stat() == weights  # nothing was trained or saved again
     (files,) = Hub.commits
     assert {"README.md", "config.json", "model.safetensors", "run.json", "tokenizer.json"} <= set(files)
-    assert not any(name.startswith(("checkpoint", ".")) for name in files)
+    assert not any(name.startswith(("checkpoint", "runs/", ".")) for name in files)
 
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Fine-tuned from `model` (a local folder or file)" in card and "None" not in card

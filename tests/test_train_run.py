@@ -290,6 +290,13 @@ def test_a_policy_that_is_gone_is_refused_at_once(config, tmp_path):
             plan(gone, world=1)
 
 
+def test_a_deepspeed_file_that_contradicts_the_options_is_refused_at_once(config, tmp_path):
+    zero = tmp_path / "zero.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 3}))
+    with pytest.raises(InputError, match="contradicts the options.*expected --effective-batch-size .*; found train_batch_size 3"):
+        plan(replace(config, zero_config=zero), world=1)
+
+
 def test_last_checkpoint_is_found(config):
     for step in (9, 10):
         (config.output_dir / f"checkpoint-{step}").mkdir(parents=True)
