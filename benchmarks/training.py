@@ -15,6 +15,9 @@ stretch; run it with OMP_NUM_THREADS=1, for idle threads count too. On GPUs they
 
 With --json a run that was cut short goes on where it was: what the file has is not measured again.
 
+`--lora R` trains an adapter of rank R at every linear layer instead of all weights, in all contenders; stock's online reference is then its own,
+the policy with the adapter off.
+
 `--shape` makes a random model of OLMo 3's shape (1B: a smaller one of the same kind) instead of `--model`; its numbers mean nothing, its
 FLOPs do. MFU counts what the pairs need (train/flops.py), for all contenders alike, over the GPUs' dense peak.
 """
@@ -62,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", default="1,2,4,8")
     parser.add_argument("--contenders", default="online,precompute,packed", help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps, after the first")
+    parser.add_argument("--lora", type=int, help="rank of an adapter; without it all weights are trained")
     parser.add_argument("--no-gradient-checkpointing", action="store_true")
     parser.add_argument("--torch-compile", action="store_true")
     parser.add_argument("--json", type=Path, help="keep the results here, and go on from what it has")
@@ -93,6 +97,7 @@ def run_one(args) -> None:
     from launch import Process, launched
     from precompute.scorer.compiled import use_compiler
     from store.reader import open_store
+    from train import lora
     from train.balance import shuffled
     from train.config import ZERO2
     from train.data import dataset_of, lengths_of
@@ -175,20 +180,26 @@ def run_one(args) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, **load).to(settings.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     times = StepTimes()
+    kind = None
+    if args.lora:
+        from peft import LoraConfig
+
+        kind = LoraConfig(task_type="CAUSAL_LM", r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
     if contender in ("online", "precompute"):
         rows = datasets.load_dataset(
             "parquet", data_files=str(args.work / "trl.parquet"), split="train", cache_dir=str(args.work / args.only)
         )
-        reference = AutoModelForCausalLM.from_pretrained(args.model, **load).to(settings.device) if contender == "online" else None
-        trainer = Stock(
-            model=model, ref_model=reference, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[times]
-        )
+        beside = contender == "online" and kind is None
+        reference = AutoModelForCausalLM.from_pretrained(args.model, **load).to(settings.device) if beside else None
+        given = {"model": model, "ref_model": reference, "peft_config": kind}
+        trainer = Stock(args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[times], **given)
     else:
         store = open_store(args.work / "store")
         pairs = dataset_of(store, args.max_length)
         lengths = lengths_of(pairs, store, args.max_length) if contender == "packed" else None
+        policy = model if kind is None else lora.fresh(model, kind, seed=args.seed)
         trainer = Ours(
-            model=model, args=settings, train_dataset=pairs, processing_class=tokenizer, callbacks=[times], lengths=lengths
+            model=policy, args=settings, train_dataset=pairs, processing_class=tokenizer, callbacks=[times], lengths=lengths
         )
     trainer.seen, trainer.counts = {}, Speed(PairFlops.of(model), settings.device, model.dtype)
     trainer.train()

@@ -315,12 +315,15 @@ def test_a_resumed_run_must_be_the_one_that_was_started(tmp_path, config):
     free = {"resume": True, "logging_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False, "report_to": ()}
     record.compare_with_started(checkpoint, started(replace(config, **free)))
     before = started(config)
-    for name in ("optim", "adam_beta1", "warmup_steps", "f_divergence_type"):  # options that came after that record was written
+    later = ("optim", "adam_beta1", "warmup_steps", "f_divergence_type", "use_peft", "lora_target_modules")
+    for name in later:  # options that came after that record was written
         del before["config"][name]
     record.write(tmp_path / "run", before)
     record.compare_with_started(checkpoint, started(config))
     with pytest.raises(InputError, match=r"expected adam_beta1 0.9; found adam_beta1 0.8"):
         record.compare_with_started(checkpoint, started(replace(config, adam_beta1=0.8)))
+    with pytest.raises(InputError, match=r"expected use_peft False; found use_peft True"):
+        record.compare_with_started(checkpoint, started(replace(config, use_peft=True)))
     with pytest.raises(InputError, match=r"expected beta 0.1; seed 42; found beta 0.2; seed 7"):
         record.compare_with_started(checkpoint, started(replace(config, beta=0.2, seed=7)))
     with pytest.raises(InputError, match=r"expected effective_batch_size 8; found effective_batch_size 16"):

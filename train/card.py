@@ -18,9 +18,9 @@ def write(folder: Path, record: dict, repo: str | None = None) -> None:
     data = ModelCardData(
         base_model=base if _on_hub(base) else None,
         datasets=[store["dataset"]] if _on_hub(store["dataset"]) else None,
-        library_name="transformers",
+        library_name="peft" if "lora" in record else "transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "trl", "refdpo"],
+        tags=["dpo", "trl", "refdpo", *(["lora"] if "lora" in record else [])],
     )
     of_config = {each: record["config"].get(each) for each in SETTINGS}
     settings = {
@@ -32,6 +32,9 @@ def write(folder: Path, record: dict, repo: str | None = None) -> None:
         "effective_batch_size": record["effective_batch_size"],
         "max_length": record["max_length"],
         "dtype": record["dtype"],
+    }
+    settings |= {
+        name: value if isinstance(value, (int, float, str)) else ", ".join(value) for name, value in record.get("lora", {}).items()
     }
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     text = f"""# {name}

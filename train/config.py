@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -45,9 +46,10 @@ BETA = {"sigmoid_norm": 5.0}
 BETA_ELSE = 0.1
 """TRL's default, for all other losses: most compare sums over completions of some hundred tokens."""
 
-PAIRS, MODEL, LOSS, OPTIMIZATION, MACHINE, RECORDS = (
+PAIRS, MODEL, LORA, LOSS, OPTIMIZATION, MACHINE, RECORDS = (
     "Pairs",
     "Policy",
+    "LoRA",
     "Loss",
     "Optimization",
     "Speed and memory",
@@ -61,6 +63,18 @@ def usual(name: str) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
+LORA_R, LORA_ALPHA = 16, 32
+"""TRL's defaults."""
+
+OF_FRESH_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+"""Options that an adapter that is trained on has decided."""
+
+
+def is_pattern(name: str) -> bool:
+    """Whether this is a regular expression for whole names of layers, rather than a name or the end of one."""
+    return re.fullmatch(r"[\w.,-]+", name) is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,17 +277,38 @@ class TrainConfig:
     )
     allow_different_policy: Annotated[bool, Option("Train a policy that is not the store's reference.", MODEL)] = False
     """The loss then does not start at that of an untrained model."""
+    use_peft: Annotated[
+        bool, Option("Train a LoRA adapter beside the frozen policy, or go on with one that --policy is.", LORA)
+    ] = False
+    lora_r: Annotated[int | None, Option("Rank.", LORA, default=str(LORA_R), at_least=1)] = None
+    """These four None: as said, or those of the adapter that is trained on."""
+    lora_alpha: Annotated[
+        int | None, Option("What the adapter computes counts alpha / r times.", LORA, default=str(LORA_ALPHA), at_least=1)
+    ] = None
+    lora_dropout: Annotated[float | None, Option("Of what goes into the adapter, while it trains.", LORA, default="0")] = None
+    """TRL takes the number and trains without; here it counts."""
+    lora_target_modules: Annotated[
+        tuple[str, ...],
+        Option(
+            "Layers that get one: names with commas or several times, all-linear, or a regular expression.",
+            LORA,
+            default="peft's choice for the architecture",
+        ),
+    ] = ()
+    use_rslora: Annotated[bool, Option("alpha / sqrt(r) instead of alpha / r.", LORA)] = False
+    load_in_4bit: Annotated[bool, Option("The frozen weights in 4 bits (QLoRA), by bitsandbytes.", LORA)] = False
 
     def __post_init__(self):
         for name in ("ref_store", "output_dir", "eval_ref_store", "chat_template", "zero_config"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("loss_type", "loss_weights", "report_to"):
+        for name in ("loss_type", "loss_weights", "report_to", "lora_target_modules"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_loss()
         self._check_schedule()
         self._check_environment()
+        self._check_adapter()
 
     def _check_loss(self) -> None:
         unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
@@ -460,6 +495,27 @@ class TrainConfig:
             )
         _require_one_of(self.attention_kernel, get_args(AttentionKernel), "--attention-kernel")
         zero_stage(self.zero_config)
+
+    def _check_adapter(self) -> None:
+        modules = tuple(name for each in self.lora_target_modules for name in ([each] if is_pattern(each) else each.split(",")))
+        object.__setattr__(self, "lora_target_modules", modules)
+        _require(
+            len(modules) < 2 or not any(name == "all-linear" or is_pattern(name) for name in modules),
+            "--lora-target-modules",
+            "names of layers, or all-linear alone, or one regular expression",
+            ", ".join(modules),
+        )
+        if self.lora_dropout is not None:
+            _require(0 <= self.lora_dropout < 1, "--lora-dropout", "at least 0 and below 1", self.lora_dropout)
+        if not self.use_peft:
+            if given := [
+                _option(name) for name in (*OF_FRESH_ADAPTER, "load_in_4bit") if getattr(self, name) not in (None, False, ())
+            ]:
+                raise InputError("belongs to --use-peft", where=", ".join(given), next="Give --use-peft too.")
+            return
+        for option, package in (("--use-peft", "peft"), ("--load-in-4bit", "bitsandbytes")):
+            if importlib.util.find_spec(package) is None and getattr(self, option[2:].replace("-", "_")):
+                raise InputError(f"needs {package}, which is not installed", where=option, next=f"pip install {package}")
 
     @property
     def evaluates(self) -> bool:

@@ -2,7 +2,8 @@
 
 forward   2 per weight of the linear layers and token, the prompt once; 2 per weight of the head and completion token;
           4 per query head, head dimension and (query, visible key): within the layer's sliding window
-training  3 times that: one forward, twice as much backward. What gradient checkpointing computes again is not counted
+training  3 times that: one forward, twice as much backward. What gradient checkpointing computes again is not counted, and of a frozen
+          weight (LoRA) the backward has one product, not two
 """
 
 from dataclasses import dataclass
@@ -43,23 +44,31 @@ class PairFlops:
     """Query heads x head dimension of each layer."""
     windows: tuple[int | None, ...]
     """Of each layer: keys a query sees at most, its own included; None: all before it."""
+    frozen_body: int = 0
+    frozen_head: int = 0
+    """Of the weights above, those that are not trained."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "PairFlops | None":
-        """None for mixtures of experts, how many of whose weights a token meets is not written down in one way, and for models without such layers."""
+        """None for mixtures of experts, how many of whose weights a token meets is not written down in one way, for models without such layers, and for weights in 4 bits."""
         config = model.config.get_text_config()
         if not (hasattr(config, "num_hidden_layers") and hasattr(config, "num_attention_heads")):
             return None
+        if getattr(model, "is_loaded_in_4bit", False):  # its weights are not kept one by one
+            return None
         if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             return None
-        linear = [module.weight.numel() for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+        linear = [module.weight for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+        head = model.get_output_embeddings().weight
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
         return cls(
-            body=sum(linear),
-            head=model.get_output_embeddings().weight.numel(),
+            body=sum(weight.numel() for weight in linear),
+            head=head.numel(),
             widths=_widths(model),
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+            frozen_body=sum(weight.numel() for weight in linear if not weight.requires_grad),
+            frozen_head=0 if head.requires_grad else head.numel(),
         )
 
     def of_pairs(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
@@ -69,7 +78,8 @@ class PairFlops:
         for window, width in zip(self.windows, self.widths, strict=True):
             visible = _visible(prompt + chosen, window) + _visible(prompt + rejected, window) - _visible(prompt, window)
             forward += 4 * width * visible
-        return 3 * forward
+        frozen = 2 * self.frozen_body * (prompt + chosen + rejected) + 2 * self.frozen_head * (chosen + rejected)
+        return 3 * forward - frozen
 
 
 def _widths(model: PreTrainedModel) -> tuple[int, ...]:

@@ -103,6 +103,24 @@ def check(
     return report
 
 
+def check_start(model: PreTrainedModel, store: Store, how: str, *, seed: int = 0, may_differ: bool = False) -> str:
+    """Rescore with what is trained where that is not what `check` saw: an adapter beside its base, of which `check` saw the merge, or weights in
+    4 bits. `how` says which.
+
+    `model`: the base with the adapter's layers in it. Every rank calls it. Returns what was seen. Raises StoreError beyond the tolerance unless
+    it `may_differ`, as rounded weights do.
+    """
+    mine = rescore(model, store, num_pairs=NUM_PAIRS, seed=seed, layout="padded", tokens_per_batch=1)
+    report = GateReport((), _farthest_off(_from_all_ranks(mine)), TOLERANCE[store.identity.dtype])
+    if not report.within_tolerance and not may_differ:
+        raise StoreError(
+            f"{how}, as it is trained, the policy gives other numbers than were scored: {report}",
+            where=store.path,
+            next="Merge the adapter into a whole model and train another one on that, or insist with --allow-different-policy.",
+        )
+    return f"{how}, as it is trained: {report}"
+
+
 def notice(report: GateReport, store: Store, policy: str) -> str:
     """What is printed when a different policy is trained on purpose."""
     lines = [

@@ -65,7 +65,10 @@ def started(config: TrainConfig, identity: Identity, policy: dict, max_length: i
         "dtype": policy["dtype"],
         "max_length": max_length,
         "effective_batch_size": batch,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "deepspeed")},
+        "versions": {
+            name: version(name)
+            for name in ("torch", "transformers", "trl", "accelerate", "deepspeed", *(["peft"] if config.use_peft else []))
+        },
     }
 
 
@@ -199,7 +202,8 @@ def compare_with_run(folder: Path, now: dict) -> None:
 def _course(content: dict) -> dict:
     """The settings that decide where a run goes."""
     # Where an earlier state of this project wrote the record, it lacks the options that came since: they were at their defaults.
-    config = content["config"] | {name: value for name, value in DEFAULTS.items() if name not in content["config"]}
+    absent = {name: value for name, value in DEFAULTS.items() if name not in content["config"]}
+    config = content["config"] | {name: [*value] if isinstance(value, tuple) else value for name, value in absent.items()}
     settings = {name: value for name, value in config.items() if name not in FREE_ON_RESUME}
     settings |= {name: content[name] for name in ("dtype", "max_length", "effective_batch_size")}
     if not set(SORT_PAIRS).isdisjoint(settings["loss_type"]):

@@ -31,6 +31,8 @@ from launch import Process, launched
 from precompute.scorer.adapter import adapter_of
 from precompute.scorer.api import (
     attention_notice,
+    load_base,
+    load_in_4bit,
     load_model,
     load_tokenizer,
     named_compiler,
@@ -45,7 +47,7 @@ from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.command import cli
 from store.errors import InputError
 from store.select import Selection
-from train import card, gate, hub, record
+from train import card, gate, hub, lora, record
 from train.balance import Shape, imbalance, shuffled
 from train.checkpoint import remove_cut_short, state_of
 from train.config import TrainConfig, beta_notice
@@ -105,6 +107,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         raise InputError(
             "float16 trains on GPUs only", where="--dtype float16", next="On the CPU use a store in float32 or bfloat16."
         )
+    if config.load_in_4bit and where.type == "cpu":  # there bitsandbytes' product has no gradient once the gate has run it
+        raise InputError("4 bits train on GPUs only", where="--load-in-4bit", next="Leave it out on the CPU.")
     use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=policy.dtype)
     use_compiler(config.torch_compile and config.layout == "packed", layout=config.layout)  # padded: transformers does it
 
@@ -113,6 +117,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     args = dpo_config(config, policy.dtype, planned.max_length, planned.accumulation, engine_options)  # joins the other ranks
     agree(planned.selection, args.device)
     _leave_if_told(stop, args.device, config, first)
+    adapter = adapter_of(policy.name, policy.revision)
+    kind = lora.kind_of(config, adapter, revision=policy.revision) if config.use_peft else None
     tokenizer = load_tokenizer(policy.tokenizer, revision=policy.tokenizer_revision, chat_template=config.chat_template)
     model = load_model(
         policy.name,
@@ -121,7 +127,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         device=args.device,
         attn_implementation=config.attn_implementation,
     )
-    if (adapter := adapter_of(policy.name, policy.revision)) is not None:
+    if adapter is not None:
         say(adapter)
     if (unusual := attention_notice(model, config.attn_implementation)) is not None:
         say(unusual)
@@ -129,7 +135,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         refuse_mixed(model, np.concatenate([lengths.prompt + lengths.chosen, lengths.prompt + lengths.rejected]))
     refuse_dynamic(model, int(lengths.longer.max(initial=0)))
     with named_kernel(config.attention_kernel), named_compiler():
-        say(str(self_test_policy(model, policy.dtype, config.layout)))
+        say(str(self_test_policy(model, policy.dtype, config.layout, adapt=None if kind is None else lora.on_twin(kind))))
     if (routers := router_notice(model, config)) is not None:
         say(routers)
     if checkpoint is not None:
@@ -145,9 +151,33 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     )
     say(gate.notice(report, store, policy.name) if report.different else f"gate: {report}")
 
+    trained = model.requires_grad_(True)
+    if kind is not None:
+        given = {"dtype": policy.dtype, "attn_implementation": config.attn_implementation}
+        if adapter is not None or config.load_in_4bit:
+            del model, trained  # all bits, and the adapter merged; the gate has seen it
+        if config.load_in_4bit:
+            model = load_in_4bit(policy.name, revision=policy.revision, device=args.device, **given)
+        elif adapter is not None:
+            model = load_base(adapter, **given).to(args.device)
+        trained = lora.fresh(model, kind, seed=config.seed) if adapter is None else lora.going_on(model, adapter)
+        if adapter is None:
+            say("gate: the fresh adapter adds nothing to it yet")
+        if adapter is not None or config.load_in_4bit:
+            start = gate.check_start(
+                trained.get_base_model().eval(),
+                store,
+                "in 4 bits" if config.load_in_4bit else "the adapter beside its base",
+                seed=config.seed,
+                may_differ=config.load_in_4bit or config.allow_different_policy,
+            )
+            say(f"gate: {start}")
+        course["lora"] = lora.described(trained)
+        say(lora.notice(course["lora"]))
+
     interrupt = CheckpointAndStop(stop)
     trainer = StoreDPOTrainer(
-        model=model.requires_grad_(True),
+        model=trained,
         args=args,
         train_dataset=pairs,
         eval_dataset=eval_pairs,
@@ -382,6 +412,7 @@ def dpo_config(
         if engine_options
         else str(config.zero_config),
         gradient_checkpointing=config.gradient_checkpointing,
+        disable_dropout=not config.lora_dropout,  # TRL's would be the adapter's too, against what was asked for
         torch_compile=config.torch_compile and config.layout == "padded",
         dataloader_num_workers=config.dataloader_num_workers,
         # the records

@@ -39,8 +39,13 @@ ADVICE = {
 }
 
 
-def self_test_policy(model: PreTrainedModel, dtype: str, layout: Layout) -> SelfTest:
-    """Raises InputError where the forward that will be trained disagrees with the plain one of each sequence alone."""
+def self_test_policy(
+    model: PreTrainedModel, dtype: str, layout: Layout, adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None
+) -> SelfTest:
+    """Raises InputError where the forward that will be trained disagrees with the plain one of each sequence alone.
+
+    `adapt` puts an adapter that adds something, which alone will be trained, into a small twin of `model`.
+    """
     forward = _packed if layout == "packed" else _padded
     if layout == "packed":
         refuse_unpackable_policy(model)
@@ -53,8 +58,9 @@ def self_test_policy(model: PreTrainedModel, dtype: str, layout: Layout) -> Self
     seen = compare(model, dtype, compute, what=what, advice=advice(ADVICE[layout]))
     if (twin := twin_of(model)) is not None:
         sequences = made_up([7, 40, *(edge + 9 for edge in twin.lengths)], twin.model)
+        trained = twin.model.requires_grad_(True) if adapt is None else adapt(twin.model)
         difference = attempt(
-            lambda any_model, each: _gradients_differ(any_model, each, forward), twin.model, sequences, what, advice(ADVICE[layout])
+            lambda any_model, each: _gradients_differ(any_model, each, forward), trained, sequences, what, advice(ADVICE[layout])
         )
         if not difference <= GRADIENT_TOLERANCE:
             raise InputError(
@@ -68,10 +74,9 @@ def self_test_policy(model: PreTrainedModel, dtype: str, layout: Layout) -> Self
 
 
 def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward: Callable) -> float:
-    """Of a randomly weighted sum of all log-probs, in every parameter: the largest difference as a share of the tensor's largest entry."""
+    """Of a randomly weighted sum of all log-probs, in every parameter that is trained: the largest difference as a share of the tensor's largest entry."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(sequence.num_scored, generator=generator).to(model.device) for sequence in sequences]
-    model.requires_grad_(True)
     found = []
     for compute in (forward, lambda any_model, each: [alone_logps(any_model, sequence) for sequence in each]):
         model.zero_grad()

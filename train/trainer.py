@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -48,6 +49,7 @@ NUM_TOKENS = "num_tokens"
 class StoreDPOTrainer(DPOTrainer):
     """`train_dataset` and `eval_dataset` have the columns of train/data.py; `args.precompute_ref_log_probs` must be set.
 
+    `model` may be peft's, of a frozen base and a LoRA adapter; `args.disable_dropout` False keeps that one's dropout.
     `lengths` of the training pairs: given, the policy runs in the packed layout with balanced batches; None: in TRL's padded one.
     `tokens_per_batch`: micro-batches by tokens (train/bins.py), in steps of `pairs_per_step` (None: as many as `args` say). None: of as many
     pairs as `args` say.
@@ -72,8 +74,9 @@ class StoreDPOTrainer(DPOTrainer):
         if tokens_per_batch is not None:
             self.bins = _bins(args, lengths, tokens_per_batch, pairs_per_step)
             _set_micro_steps(args, self.bins.num_micro_steps)
+        base = model.get_base_model() if is_peft_model(model) else model
         use_cache = model.config.use_cache
-        self.without_dropout = dropout.turn_off(model)
+        self.without_dropout = dropout.turn_off(model, keep_adapters=not args.disable_dropout)
         with _unhashed_weights(), _watched_head() as outputs:
             super().__init__(
                 model=model,
@@ -84,14 +87,16 @@ class StoreDPOTrainer(DPOTrainer):
                 processing_class=processing_class,
                 callbacks=callbacks,
             )
+        if base is not model:
+            model.delete_adapter("ref")  # TRL keeps a copy of the adapter to compute the reference with
         model.config.use_cache = use_cache  # TRL's loss asks for no cache; what is saved is about the model's next use
         self.lengths = lengths
         self.sft_tokens: torch.Tensor | None = None
         """Chosen tokens per micro-batch, on average over this step's micro-batches of all ranks."""
         self.sums = Sums(args.device)
-        self.speed = Speed(PairFlops.of(model), args.device, model.dtype)
+        self.speed = Speed(PairFlops.of(base), args.device, base.dtype)
         if lengths is not None:
-            pack_policy(model, *outputs)
+            pack_policy(base, *outputs)
 
     def get_train_dataloader(self) -> DataLoader:
         """By tokens: this rank's micro-batches, made into rows in the loader's workers. accelerate would move each to the device by itself."""

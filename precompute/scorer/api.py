@@ -24,6 +24,8 @@ from precompute.scorer.model import (
     attention_notice,
     chat_template_sha256,
     config_sha256,
+    load_base,
+    load_in_4bit,
     load_model,
     load_tokenizer,
     tokenizer_sha256,

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
 from precompute.scorer.adapter import Adapter, adapter_of, merged
@@ -62,15 +64,35 @@ def load_model(
 
 def load_base(adapter: Adapter, *, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
     """The model that an adapter belongs to, without it, on the CPU. Raises InputError."""
-    try:
+    with _as_base_of(adapter):
         return _whole_model(adapter.base, adapter.base_revision, dtype, attn_implementation)
+
+
+def load_in_4bit(
+    name: str, *, revision: str | None, dtype: str, device: torch.device, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A whole model, or the base of an adapter without it, on `device` with its linear layers but for the head in 4 bits: NormalFloat, blocks of 64
+    (QLoRA, arXiv 2305.14314), as bitsandbytes does it; they compute in `dtype`. Raises InputError."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype))
+    more = {"quantization_config": quantization, "device_map": {"": device}}
+    adapter = adapter_of(name, revision)
+    if adapter is None:
+        return _whole_model(name, revision, dtype, attn_implementation, **more)
+    with _as_base_of(adapter):
+        return _whole_model(adapter.base, adapter.base_revision, dtype, attn_implementation, **more)
+
+
+@contextmanager
+def _as_base_of(adapter: Adapter) -> Iterator[None]:
+    try:
+        yield
     except InputError as error:
         raise InputError(
             f"the base of the adapter: {error.what}", where=adapter.name, found=adapter.base, next=error.next
         ) from error
 
 
-def _whole_model(name: str, revision: str | None, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
+def _whole_model(name: str, revision: str | None, dtype: str, attn_implementation: str | None, **options) -> PreTrainedModel:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -79,6 +101,7 @@ def _whole_model(name: str, revision: str | None, dtype: str, attn_implementatio
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:
         raise _not_loadable("causal language model", name, revision, error) from error
