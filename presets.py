@@ -45,9 +45,12 @@ class Preset:
     """One line, printed when a run starts: what the user may not expect."""
 
 
-_NOT_AI2 = "{name} is not the run that AI2 made: that one has {theirs}, no clipping, and scores all assistant turns: {name}-ai2, docs/olmo3.md"
+_NOT_AI2 = "{name} is not the run that AI2 made: that one has {theirs}, and scores all assistant turns: {name}-ai2, docs/olmo3.md"
 
-_AI2 = "{name} differs from AI2's run in one thing: of rows with several assistant turns, those that both sides share are not scored (docs/olmo3.md)"
+_AI2 = (
+    "{name} differs from AI2's run: assistant turns that both sides share are not scored; nothing is clipped, as in AI2's newer code, where "
+    "accelerate's default clipped at 1.0 (--max-grad-norm 1): docs/olmo3.md"
+)
 
 PRESETS = {
     preset.name: preset
