@@ -234,6 +234,9 @@ def train_cmd(
     resume_or_start: Annotated[
         bool, Option("--resume if there is a checkpoint, else start: for jobs that are requeued.", RECORDS)
     ] = False,
+    overwrite: Annotated[
+        bool, Option("Remove the run that is in --output-dir first; where this command starts the ranks itself.", RECORDS)
+    ] = False,
     num_processes: Annotated[
         int | None, Option("Local ranks.", MACHINE, default="one per GPU; 2 without a GPU", at_least=1)
     ] = None,
@@ -245,7 +248,7 @@ def train_cmd(
     """
     from train.start import config_of, start
 
-    start(config_of(given), num_processes, resume_or_start)
+    start(config_of(given), num_processes, resume_or_start, overwrite)
 
 
 @command("inspect")
@@ -262,6 +265,7 @@ def inspect_cmd(
         Option("Of answers. csv and json are streamed, however long.", default="table", flags=("--format",)),
     ] = None,
     output: Annotated[Path | None, Option("New file for the answer; --format parquet needs one.")] = None,
+    overwrite: Annotated[bool, Option("Replace --output if it is there, once the new one is whole.")] = False,
     interactive: Annotated[bool, Option("A SQL prompt.", flags=("--interactive", "-i"))] = False,
     tokenizer: Annotated[
         str | None,
@@ -274,7 +278,7 @@ def inspect_cmd(
 
     if tokenizer is not None and sql is None and not interactive:
         raise InputError("belongs to --sql", where="--tokenizer", next="Without it inspect shows a summary.")
-    inspect(ref_store, sql, form, output, interactive, lazy_decoder(ref_store, tokenizer))
+    inspect(ref_store, sql, form, output, interactive, lazy_decoder(ref_store, tokenizer), overwrite)
 
 
 @command("export")
@@ -290,6 +294,7 @@ def export_cmd(
     accept_other_tokens: Annotated[
         bool, Option("Write for a project that scores other tokens than the store; the refusal says which.")
     ] = False,
+    overwrite: Annotated[bool, Option("Replace an earlier export in --output, once the new one is whole.")] = False,
     quiet: Annotated[bool, QUIET] = False,
 ) -> None:
     """Write a store in the files that TRL, open-instruct or Megatron-Bridge load, or as JSON lines."""
@@ -298,7 +303,12 @@ def export_cmd(
     from store.export import export, key_values
 
     quiet_libraries()
-    more = {"metadata": key_values(metadata), "loss_type": loss_type, "accept_other_tokens": accept_other_tokens}
+    more = {
+        "metadata": key_values(metadata),
+        "loss_type": loss_type,
+        "accept_other_tokens": accept_other_tokens,
+        "overwrite": overwrite,
+    }
     with bar("exporting", "pairs", quiet) as progress:
         notes = export(ref_store, form, output, progress=progress, **more)
     click.echo("\n".join([f"export: {output}", *(f"  {note}" for note in notes)]))

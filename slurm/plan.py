@@ -44,7 +44,7 @@ def plan(parse: Parse, options: dict[str, Any]) -> Submission:
 
     first = first_of_train(ref_store, reference["chat_template"], reference["layout"], options["train_args"])
     given = _parsed(parse, "train", first, options["train_args"], ours=("--ref-store", "--num-processes"))
-    for name in ("num_processes", "resume", "resume_or_start"):
+    for name in ("num_processes", "resume", "resume_or_start", "overwrite"):
         given.pop(name)
     config = config_of(given, preset or Preset)
     ranks = int(os.environ.get("REFDPO_RANKS_PER_NODE", phase_2.num_gpus))

@@ -58,6 +58,7 @@ def export(
     loss_type: str | None = None,
     metadata: dict[str, Any] | None = None,
     accept_other_tokens: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the sealed store at `path` as `format` into the new folder `output`; returns what its reader should know, a line each.
@@ -73,8 +74,10 @@ def export(
     store = open_store(path, check="sha256")
     if not store.num_pairs:
         raise InputError("there is no pair to export", where=path)
-    if output.exists():
-        raise InputError("exists already", where=f"--output {output}", next="Choose another --output, or remove it yourself.")
+    if output.exists() and not (overwrite and output.is_dir()):
+        raise InputError(
+            "exists already", where=f"--output {output}", next="Choose another --output, or add --overwrite for a folder."
+        )
     staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     writers: dict[str, Callable[..., list[str]]] = {
         "trl": _trl,
@@ -86,12 +89,26 @@ def export(
     try:
         staging.mkdir(parents=True)
         notes = writers[format](store, staging, progress or (lambda done, total: None), *options)
+        if output.exists():
+            _drop_former(output, staging)
         os.replace(staging, output)
     except OSError as error:
         raise refusal(error, output, "--output") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return notes
+
+
+def _drop_former(output: Path, staging: Path) -> None:
+    """Remove an earlier export. InputError where the folder has anything that the new one, in `staging`, has not."""
+    if others := sorted({entry.name for entry in output.iterdir()} - {entry.name for entry in staging.iterdir()}):
+        raise InputError(
+            "holds other files than this export",
+            where=f"--output {output}",
+            found=", ".join(others[:5]),
+            next="Remove them yourself.",
+        )
+    shutil.rmtree(output)
 
 
 def _check_options(format: str, loss_type: str | None, metadata: dict | None, accept_other_tokens: bool) -> None:

@@ -19,10 +19,11 @@ def inspect(
     output: Path | None,
     interactive: bool,
     decode: Decode | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Print it, or write it to `output`. `form`: table (None) | csv | json | parquet. `decode`: for texts, where a query asks for them.
-    InputError for options that contradict each other."""
-    _refuse_contradictions(sql, form, output, interactive)
+    `overwrite`: an `output` that is there. InputError for options that contradict each other."""
+    _refuse_contradictions(sql, form, output, interactive, overwrite)
     if sql is None and not interactive:
         return print(summary(ref_store))
     connection = store_sql.connect(ref_store, decode=decode)
@@ -32,16 +33,16 @@ def inspect(
     if interactive or sql is None:
         store_sql.prompt(connection, shown)
     elif form == "parquet" and output is not None:
-        print(f"{output}: {store_sql.write_parquet(connection, sql, output):,} rows", file=sys.stderr)
+        print(f"{output}: {store_sql.write_parquet(connection, sql, output, overwrite):,} rows", file=sys.stderr)
     elif output is not None:
-        with store_sql.new_file(output) as staged, open(staged, "w", encoding="utf-8", newline="") as file:
+        with store_sql.new_file(output, overwrite) as staged, open(staged, "w", encoding="utf-8", newline="") as file:
             store_sql.write(connection, sql, shown, file)
     else:
         store_sql.write(connection, sql, shown, sys.stdout)
 
 
 def _refuse_contradictions(
-    sql: str | None, form: Format | Literal["parquet"] | None, output: Path | None, interactive: bool
+    sql: str | None, form: Format | Literal["parquet"] | None, output: Path | None, interactive: bool, overwrite: bool
 ) -> None:
     """Options that would be passed over in silence."""
     if interactive and sql is not None:
@@ -54,5 +55,7 @@ def _refuse_contradictions(
         raise InputError(
             "belongs to --sql", where="--format" if form is not None else "--output", next="Without it inspect shows a summary."
         )
+    if overwrite and output is None:
+        raise InputError("belongs to --output", where="--overwrite")
     if form == "parquet" and output is None:
         raise InputError("needs a file", where="--format parquet", next="Add --output answer.parquet.")

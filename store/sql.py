@@ -199,12 +199,12 @@ def write(connection: duckdb.DuckDBPyConnection, sql: str, format: Format, out: 
                     _WRITERS[format]([column[0] for column in connection.description], blocks, out)
 
 
-def write_parquet(connection: duckdb.DuckDBPyConnection, sql: str, path: Path) -> int:
+def write_parquet(connection: duckdb.DuckDBPyConnection, sql: str, path: Path, overwrite: bool = False) -> int:
     """Write the answer to `sql`, which must be one query, into the new file `path`; returns its rows.
 
     InputError if the query fails, is not one, or has a column that Parquet cannot hold; StoreError where `path` cannot be written.
     """
-    with _asking(connection) as ask, new_file(path) as staged:
+    with _asking(connection) as ask, new_file(path, overwrite) as staged:
         statements = ask(lambda: _statements(connection, sql))
         if [_answers(statement) for statement in statements] != [True]:
             found = f"{len(statements)} statements"
@@ -234,11 +234,11 @@ def _next_block(connection: duckdb.DuckDBPyConnection, blocks: pyarrow.RecordBat
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A name to write to beside `path`, which becomes `path` if all goes well and is removed if not. InputError if `path` exists,
-    StoreError if it cannot be written."""
-    if path.exists():
-        raise InputError("exists already", where=f"--output {path}", next="Choose another --output, or remove it yourself.")
+    unless it is a file and `overwrite`; StoreError if it cannot be written."""
+    if path.exists() and not (overwrite and path.is_file()):
+        raise InputError("exists already", where=f"--output {path}", next="Choose another --output, or add --overwrite for a file.")
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

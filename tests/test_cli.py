@@ -170,7 +170,7 @@ def test_a_loss_that_is_named_brings_its_own_beta(rows, tiny_llama, tmp_path):
     ):
         argv = ["--ref-store", str(store), *words.split()]
         given = cli.main.commands["train"].make_context("train", argv).params
-        given = {name: value for name, value in given.items() if name not in ("num_processes", "resume_or_start")}
+        given = {name: value for name, value in given.items() if name not in ("num_processes", "resume_or_start", "overwrite")}
         assert config_of(given).beta == expected
     refused(
         "train",

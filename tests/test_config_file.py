@@ -129,7 +129,7 @@ def test_a_run_json_gives_the_run_again(folder):
     )
     Path("run.json").write_text(json.dumps({"status": "finished", "log_history": [1], "config": config.to_json()}))
     given = params("train", "--config", "run.json", "--output-dir", "runs/b")
-    for name in ("num_processes", "resume_or_start"):
+    for name in ("num_processes", "resume_or_start", "overwrite"):
         given.pop(name)
     assert config_of(collected(TrainConfig, given), Preset) == replace(config, output_dir=Path("runs/b"), resume=False)
 
@@ -222,3 +222,32 @@ def test_a_file_for_a_real_command(folder):
     assert result.exit_code == 0 and result.output.splitlines()[0] == "n", result.output
     with pytest.raises(InputError, match="--ref-store: given 2 times"):
         params("inspect", "--ref-store", "a", "--ref-store", "a")
+
+
+def test_overwrite_replaces_what_the_same_command_made(folder):
+    make_store(Path("store/demo"), num_rows=4)
+
+    def run(*words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(cli.main, list(words), catch_exceptions=False)
+        assert result.exit_code == code, result.output
+        return result.output
+
+    query = ("inspect", "store/demo", "--sql", "select 1 as n", "--output", "n.csv", "--format", "csv")
+    run(*query)
+    Path("n.csv").write_text("old")
+    assert "add --overwrite" in run(*query, code=2) and Path("n.csv").read_text() == "old"
+    run(*query[:3], "select nothing from nowhere", *query[4:], "--overwrite", code=2)
+    assert Path("n.csv").read_text() == "old"
+    run(*query, "--overwrite")
+    assert Path("n.csv").read_text() == "n\n1\n"
+    assert "belongs to --output" in run("inspect", "store/demo", "--sql", "select 1", "--overwrite", code=2)
+    export = ("export", "store/demo", "--format", "jsonl", "--output", "out")
+    run(*export)
+    Path("out/pairs.jsonl").write_text("old")
+    assert "add --overwrite" in run(*export, code=2)
+    Path("out/thesis.txt").write_text("precious")
+    assert "holds other files than this export; found thesis.txt" in run(*export, "--overwrite", code=2)
+    assert Path("out/pairs.jsonl").read_text() == "old" and Path("out/thesis.txt").exists()
+    Path("out/thesis.txt").unlink()
+    run(*export, "--overwrite")
+    assert len(Path("out/pairs.jsonl").read_text().splitlines()) > 0 and "old" not in Path("out/pairs.jsonl").read_text()

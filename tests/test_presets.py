@@ -64,7 +64,11 @@ def test_the_right_template_passes_and_the_preset_completes_both_phases(tmp_path
     preset, options = completed({"dataset": ("think-ai2",), "chat_template": file, **dict.fromkeys(names)})
     assert (preset.name, options["max_length"], str(options["ref_store"])) == ("think-ai2", 16384, "store/think-ai2")
     context = cli.main.commands["train"].make_context("train", ["--ref-store", str(tmp_path)])
-    given = {name: value for name, value in context.params.items() if name not in ("num_processes", "resume_or_start", "config")}
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name not in ("num_processes", "resume_or_start", "overwrite", "config")
+    }
     config = config_of(given, preset)
     assert (config.learning_rate, config.max_grad_norm, config.beta) == (8e-8, 0.0, 5.0)
     assert config_of(given | {"max_grad_norm": 0.5}, preset).max_grad_norm == 0.5

@@ -71,3 +71,32 @@ def test_another_optimizer_and_schedule_run(world, tmp_path):
     rates = [each["learning_rate"] for each in written["log_history"] if "learning_rate" in each]
     assert rates[0] == pytest.approx(1e-2) and 5e-3 < rates[-1] < 7e-3
     assert written["config"]["run_name"] == "mine" and written["config"]["optim"] == "sgd"
+
+
+def test_overwrite_removes_a_run_and_nothing_else(world, tmp_path, monkeypatch):
+    """Where this command starts the ranks itself, which these do not: the folder is removed once the plan holds, before any rank starts."""
+    started = []
+    monkeypatch.setattr(
+        "launch.run_torchrun", lambda num_processes: started.append(sorted(path.name for path in run.iterdir())) or 0
+    )
+    monkeypatch.setattr("launch.num_local_processes", lambda *args, **options: 1)
+    run, words = tmp_path / "run", ["train", str(world.store), "--output-dir", str(tmp_path / "run"), "--loss-type", "sigmoid"]
+
+    def start(*more: str) -> str:
+        run.mkdir(exist_ok=True)
+        return CliRunner().invoke(cli.main, [*words, *more], catch_exceptions=False).output
+
+    run.mkdir()
+    (run / "run.json").write_text('{"status": "finished"}')
+    (run / "model.safetensors").touch()
+    assert "remove this run with --overwrite" in start() and not started
+    assert "one of the two" in start("--overwrite", "--resume")
+    assert "scored for shorter" in start("--overwrite", "--max-length", "5000") and (run / "model.safetensors").exists()
+    monkeypatch.setattr("shutil.rmtree", lambda folder: [path.unlink() for path in folder.iterdir()])
+    assert start("--overwrite") == "" and started == [[]]
+    (run / "thesis.txt").write_text("precious")
+    assert "holds no run" in start("--overwrite") and (run / "thesis.txt").exists() and len(started) == 1
+    (run / "run.json").write_text('{"status": "finished"}')
+    (run / "model.safetensors").touch()
+    with one_rank():
+        assert "the output folder is not empty" in start("--overwrite") and (run / "run.json").exists()

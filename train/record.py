@@ -5,6 +5,7 @@ Needs neither torch nor transformers, so that a command line can ask `checkpoint
 
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -129,12 +130,26 @@ def refuse_other_run(folder: Path) -> None:
         return
     shown = ", ".join(present[:5]) + (", …" if len(present) > 5 else "")
     if checkpoint is None or model_only(checkpoint) or finished(folder) is not None:
-        advice = "Choose another --output-dir, or empty it yourself."
+        remedy = "empty it yourself" if of_run is None else "remove this run with --overwrite"
+        advice = f"Choose another --output-dir, or {remedy}."
     elif any(name.endswith(".safetensors") for name in present):
         advice = f"Choose another --output-dir, or finish its run with --resume: {again('--resume')}"
     else:
         advice = f"Continue its run with --resume: {again('--resume')}; or choose another --output-dir."
     raise InputError("the output folder is not empty", where=f"--output-dir {folder}", found=shown, next=advice)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove an output folder with all that is in it. InputError where it holds no run: it is somebody's who did not mean it."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if read(folder) is None:
+        raise InputError(
+            f"holds no run, as it has no {NAME}: nothing is removed",
+            where=f"--overwrite, --output-dir {folder}",
+            next="Empty it yourself.",
+        )
+    shutil.rmtree(folder)
 
 
 def resuming() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from default_store import default_run
 from presets import PRESETS, Preset
 from quiet import quiet_libraries
 from stop import STOP_TRAINING, Stopped, listening
+from store.errors import InputError
 from store.reader import open_store
 from train import hub, record
 from train.checkpoint import last_checkpoint
@@ -56,9 +57,11 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
     return TrainConfig(**given)
 
 
-def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool) -> None:
+def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool, overwrite: bool = False) -> None:
     """Phase 2 with `num_processes` local ranks, or as the rank that a launcher made this."""
     process = launch.launched()
+    if overwrite and (config.resume or resume_or_start):
+        raise InputError("one of the two", where="--overwrite, --resume", next="Start again, or go on.")
     if (config.resume or resume_or_start) and record.finished(config.output_dir) is not None:
         refuse_other_course(config)
         if process is None or process.rank == 0:
@@ -67,7 +70,7 @@ def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool)
     if resume_or_start:
         config = replace(config, resume=last_checkpoint(config.output_dir) is not None)
     if process is None:
-        _start_ranks(config, launch.num_local_processes(num_processes, default_without_gpu=2))
+        _start_ranks(config, launch.num_local_processes(num_processes, default_without_gpu=2), overwrite)
     with listening(STOP_TRAINING) as stop:
         quiet_libraries()
         from train.run import train
@@ -75,9 +78,12 @@ def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool)
         train(config, stop)
 
 
-def _start_ranks(config: TrainConfig, num_processes: int) -> None:
+def _start_ranks(config: TrainConfig, num_processes: int, overwrite: bool) -> None:
     """Ends the process. What can be refused here need not cost the start of every rank."""
-    refuse_folder(config, plan(config, num_processes))
+    planned = plan(config, num_processes)
+    if overwrite:  # never in a rank: a job that is started again would remove what it has done
+        record.remove_run(config.output_dir)
+    refuse_folder(config, planned)
     if config.push_to_hub:
         hub.reach(config.hub_model_id)
     code = launch.run_torchrun(num_processes)
