@@ -248,7 +248,7 @@ def train_cmd(
     """
     from train.start import config_of, start
 
-    start(config_of(given), num_processes, resume_or_start, overwrite)
+    start(config_of(given), num_processes, resume_or_start, overwrite, click.get_current_context().meta["typed"].get("config"))
 
 
 @command("inspect")

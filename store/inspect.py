@@ -24,6 +24,8 @@ def inspect(
     """Print it, or write it to `output`. `form`: table (None) | csv | json | parquet. `decode`: for texts, where a query asks for them.
     `overwrite`: an `output` that is there. InputError for options that contradict each other."""
     _refuse_contradictions(sql, form, output, interactive, overwrite)
+    if output is not None and ref_store.resolve() in output.resolve().parents:
+        raise InputError("is in the store, which holds its own files alone", where=f"--output {output}", next="Choose another.")
     if sql is None and not interactive:
         return print(summary(ref_store))
     connection = store_sql.connect(ref_store, decode=decode)

@@ -241,6 +241,9 @@ def test_overwrite_replaces_what_the_same_command_made(folder):
     run(*query, "--overwrite")
     assert Path("n.csv").read_text() == "n\n1\n"
     assert "belongs to --output" in run("inspect", "store/demo", "--sql", "select 1", "--overwrite", code=2)
+    shard = Path("store/demo/part-00000.parquet").read_bytes()
+    into_store = ("inspect", "store/demo", "--sql", "select 1", "--overwrite", "--output", "store/demo/part-00000.parquet")
+    assert "is in the store" in run(*into_store, code=2) and Path("store/demo/part-00000.parquet").read_bytes() == shard
     export = ("export", "store/demo", "--format", "jsonl", "--output", "out")
     run(*export)
     Path("out/pairs.jsonl").write_text("old")

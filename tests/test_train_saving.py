@@ -92,6 +92,14 @@ def test_overwrite_removes_a_run_and_nothing_else(world, tmp_path, monkeypatch):
     assert "remove this run with --overwrite" in start() and not started
     assert "one of the two" in start("--overwrite", "--resume")
     assert "scored for shorter" in start("--overwrite", "--max-length", "5000") and (run / "model.safetensors").exists()
+    (run / "options.yaml").write_text("beta: 0.2\n")
+    (run / "checkpoint-4").mkdir()
+    (run / "checkpoint-4" / "config.json").touch()
+    for option, path in (("--config", run / "options.yaml"), ("--policy", run / "checkpoint-4"), ("--policy", run)):
+        assert f"would remove what the run starts from, {option} {path}" in start("--overwrite", option, str(path))
+    (run / "checkpoint-4" / "config.json").unlink()
+    (run / "checkpoint-4").rmdir()
+    assert not started
     monkeypatch.setattr("shutil.rmtree", lambda folder: [path.unlink() for path in folder.iterdir()])
     assert start("--overwrite") == "" and started == [[]]
     (run / "thesis.txt").write_text("precious")

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import launch
@@ -15,7 +16,7 @@ from store.reader import open_store
 from train import hub, record
 from train.checkpoint import last_checkpoint
 from train.config import TrainConfig, default_beta, fixed_pairs
-from train.plan import plan, refuse_folder, refuse_other_course
+from train.plan import Plan, plan, refuse_folder, refuse_other_course
 
 OF_PRESET = (
     "loss_type",
@@ -57,8 +58,10 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
     return TrainConfig(**given)
 
 
-def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool, overwrite: bool = False) -> None:
-    """Phase 2 with `num_processes` local ranks, or as the rank that a launcher made this."""
+def start(
+    config: TrainConfig, num_processes: int | None, resume_or_start: bool, overwrite: bool = False, options: str | None = None
+) -> None:
+    """Phase 2 with `num_processes` local ranks, or as the rank that a launcher made this. `options`: the file that --config names."""
     process = launch.launched()
     if overwrite and (config.resume or resume_or_start):
         raise InputError("one of the two", where="--overwrite, --resume", next="Start again, or go on.")
@@ -70,7 +73,7 @@ def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool,
     if resume_or_start:
         config = replace(config, resume=last_checkpoint(config.output_dir) is not None)
     if process is None:
-        _start_ranks(config, launch.num_local_processes(num_processes, default_without_gpu=2), overwrite)
+        _start_ranks(config, launch.num_local_processes(num_processes, default_without_gpu=2), overwrite, options)
     with listening(STOP_TRAINING) as stop:
         quiet_libraries()
         from train.run import train
@@ -78,10 +81,11 @@ def start(config: TrainConfig, num_processes: int | None, resume_or_start: bool,
         train(config, stop)
 
 
-def _start_ranks(config: TrainConfig, num_processes: int, overwrite: bool) -> None:
+def _start_ranks(config: TrainConfig, num_processes: int, overwrite: bool, options: str | None) -> None:
     """Ends the process. What can be refused here need not cost the start of every rank."""
     planned = plan(config, num_processes)
     if overwrite:  # never in a rank: a job that is started again would remove what it has done
+        _refuse_what_is_needed(config, planned, options)
         record.remove_run(config.output_dir)
     refuse_folder(config, planned)
     if config.push_to_hub:
@@ -89,6 +93,27 @@ def _start_ranks(config: TrainConfig, num_processes: int, overwrite: bool) -> No
     code = launch.run_torchrun(num_processes)
     # Told to stop at the very end, the ranks may have finished all the same.
     sys.exit(0 if code == Stopped.exit_code and record.finished(config.output_dir) is not None else code)
+
+
+def _refuse_what_is_needed(config: TrainConfig, planned: Plan, options: str | None) -> None:
+    """InputError where --overwrite would remove what the run starts from: the ranks read it again."""
+    needed = {
+        "--config": options,
+        "--policy": planned.policy.name,
+        "--tokenizer": planned.policy.tokenizer,
+        "--chat-template": config.chat_template,
+        "--zero-config": config.zero_config,
+        "--ref-store": config.ref_store,
+        "--eval-ref-store": config.eval_ref_store,
+    }
+    folder = config.output_dir.resolve()
+    for option, path in needed.items():
+        if path is not None and Path(path).exists() and (folder == Path(path).resolve() or folder in Path(path).resolve().parents):
+            raise InputError(
+                f"would remove what the run starts from, {option} {path}",
+                where=f"--overwrite, --output-dir {config.output_dir}",
+                next="Choose another --output-dir, or copy it elsewhere.",
+            )
 
 
 def _end_finished(config: TrainConfig) -> None:
