@@ -1,7 +1,6 @@
 """`export` and `import`: each format read by that project's own code where it is installed (TRL), else by its published rules."""
 
 import json
-import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,9 @@ import pytest
 import store_samples
 import tiny
 import torch
-from click.testing import CliRunner
 from datasets import Dataset, load_from_disk
+from typed import call
 
-import cli
 from store.errors import InputError
 from store.export import export
 from store.manifest import NAMES
@@ -54,15 +52,6 @@ def inputs(folder: Path, model: Path) -> list:
         "--shard-size",
         8,
     ]
-
-
-def call(*argv, code: int = 0) -> str:
-    result = CliRunner().invoke(cli.main, [str(word) for word in argv])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    assert len(re.findall("^Error:", result.output, re.MULTILINE)) == (code != 0), result.output
-    return result.output
 
 
 def test_jsonl_has_every_column_of_every_pair(world, tmp_path):

@@ -1,7 +1,6 @@
 """`verify --model`: the model that made the store, and every other, in one line and without a traceback."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -9,21 +8,11 @@ import pytest
 import store_samples
 import tiny
 import torch
-from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
+from typed import call
 
-import cli
 from store.manifest import MANIFEST, Manifest
 from store.reader import open_store
-
-
-def call(*argv, code: int = 0) -> str:
-    result = CliRunner().invoke(cli.main, [str(word) for word in argv])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    assert len(re.findall("^Error:", result.output, re.MULTILINE)) == (code != 0), result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")
