@@ -150,6 +150,7 @@ def part_parity() -> None:
             "-p",
             "no:cacheprovider",
             "--no-header",
+            *("--tb=short", "--show-capture=no", "-W", "ignore"),  # the report has room for what failed and by how much
             str(ROOT / "tests" / "on_gpu" / name),
         ]
         one = {"CUDA_VISIBLE_DEVICES": "0"} if name == "training.py" else {}  # it is one rank, which sees one GPU

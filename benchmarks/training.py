@@ -27,6 +27,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,9 @@ def run_one(args) -> None:
             names = [hashlib.sha256(rows[i].tobytes() + b"|" + rows[half + i].tobytes()).hexdigest()[:16] for i in range(half)]
             self.seen.setdefault(self.state.global_step, []).extend(names)
             if self.state.global_step:
-                self.counts.count(inputs["attention_mask"], inputs["completion_mask"])
+                whole, scored = (inputs[name].sum(dim=1).cpu().numpy() for name in ("attention_mask", "completion_mask"))
+                padded = inputs["attention_mask"].numel()
+                self.counts.count((whole - scored)[:half], scored[:half], scored[half:], padded)
             return super()._compute_loss(model, inputs, return_outputs)
 
     class Stock(Watched, DPOTrainer):
@@ -320,7 +323,7 @@ def prepare(args, micro_batches: list[int]) -> dict:
             started = now()
 
     worker.score_batches = timed_batches
-    run(replace(config, dataset=str(args.work / "timed.parquet"), ref_store=args.work / "timed"), Process(0, 1, 0))
+    run(replace(config, dataset=(str(args.work / "timed.parquet"),), ref_store=args.work / "timed"), Process(0, 1, 0))
     worker.score_batches = score_batches
     run(config, Process(0, 1, 0))  # what the contenders train from has the warm-up's rows as well
     num_pairs = open_store(args.work / "store").num_pairs
@@ -329,8 +332,8 @@ def prepare(args, micro_batches: list[int]) -> dict:
     return {"phase1": seconds, "pairs": len(pairs), "sample": of_sample.tolist(), "set": of_set.tolist()}
 
 
-def measure(args, contender: str, micro_batch: int, world: int) -> dict | None:
-    """One contender in its own processes; None where it fails, of memory for instance."""
+def measure(args, contender: str, micro_batch: int, world: int) -> dict | str:
+    """One contender in its own processes; the reason where it fails, of memory for instance."""
     (args.work / "result.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *sys.argv]
     command += ["--only", f"{contender}:{micro_batch}", "--work", str(args.work), "--model", args.model]
@@ -341,9 +344,10 @@ def measure(args, contender: str, micro_batch: int, world: int) -> dict | None:
     } | os.environ
     done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     if done.returncode:
-        reason = "out of memory" if "OutOfMemoryError" in done.stderr else done.stderr.strip()[-2000:]
+        said = re.split(r"^[EW]\d{4} ", done.stderr, flags=re.MULTILINE)[0]  # what follows is torchrun's account of its ranks
+        reason = "out of memory" if "OutOfMemoryError" in done.stderr else said.strip()[-2000:]
         print(f"{contender}, micro-batch {micro_batch}: failed: {reason}", flush=True)
-        return None
+        return reason
     return json.loads((args.work / "result.json").read_text())
 
 
@@ -391,12 +395,14 @@ def main() -> None:
             f"{'contender':11}{'micro-batch':>12}{'s/pair':>9}{'+ pass':>9}{'computed':>10}{'padding':>9}{'2nd prompt':>11}", end=""
         )
         print(f"{'MFU':>8}{'GiB':>7}")
+        failed = []
         for micro_batch in micro_batches:
             for contender in args.contenders.split(","):
                 name = f"{contender}:{micro_batch}"
                 if name not in state["runs"]:
                     result = measure(args, contender, micro_batch, world)
-                    if result is None:
+                    if isinstance(result, str):
+                        failed += [] if result == "out of memory" else [name]
                         continue
                     state["runs"][name] = result
                     refuse_other_pairs(state["runs"], name)
@@ -404,6 +410,8 @@ def main() -> None:
                         args.json.write_text(json.dumps(state, indent=1))
                 print(line(name, state), flush=True)
     ratios(state)
+    if failed:
+        raise SystemExit(f"failed, and not for want of memory: {', '.join(failed)}")
 
 
 def refuse_other_pairs(runs: dict[str, dict], name: str) -> None:

@@ -45,17 +45,9 @@ def run(command: list, env: dict[str, str], code: int = 0) -> str:
     return done.stdout
 
 
-def run_tests(name: str, num_gpus: int) -> None:
-    print(run(["-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "on_gpu" / name], environment(num_gpus)))
-
-
 def test_scoring():
-    run_tests("scoring.py", 3 if not torch.cuda.is_available() else torch.cuda.device_count())
-
-
-@pytest.mark.slow
-def test_training():
-    run_tests("training.py", 1)
+    env = environment(3 if not torch.cuda.is_available() else torch.cuda.device_count())
+    print(run(["-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "on_gpu" / "scoring.py"], env))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +67,7 @@ def precompute(folder: Path, *more) -> list:
 
 @pytest.fixture(scope="module")
 def store(folder) -> Path:
-    said = run(precompute(folder, "--ref-store", folder / "store", "--tokens-per-batch", "auto"), environment(2, gib=0.009))
+    said = run(precompute(folder, "--ref-store", folder / "store", "--tokens-per-batch", "auto"), environment(2, gib=0.02))
     assert re.search(r"^device: 2 x NVIDIA .*\(torch", said, re.MULTILINE)
     assert re.search(r"--tokens-per-batch auto: [\d,]+$", said, re.MULTILINE)
     return folder / "store"
@@ -136,6 +128,27 @@ def test_a_task_of_srun_uses_the_only_gpu_it_sees(folder):
     said = run(precompute(folder, "--ref-store", folder / "by-srun", "--limit", 8), environment(1) | task)
     assert re.search("^device: NVIDIA", said, re.MULTILINE)
     assert (folder / "by-srun" / "part-00001.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_report(tmp_path):
+    """`make gpu` on two GPUs, with more time than a real one takes: every part succeeds, tests/on_gpu/training.py with the first."""
+    run(["benchmarks/gpu.py", "--minutes", "100", "--output", tmp_path / "report.md"], environment(2))
+    head, *parts = (tmp_path / "report.md").read_text().split("\n## ")
+    assert head.startswith("# NVIDIA") and "| GPUs | 2 |" in head
+    text = {part.split("\n", 1)[0]: part for part in parts}
+    assert list(text) == ["Parity", "Scoring", "Profile", "Several", "Training"]
+    for kind in tiny.CONFIGS:
+        for dtype, bound in (("bfloat16", 0.06), ("float32", 1e-4)):
+            mean = re.search(rf"^\| {kind} \| {dtype} \| ([\d.e+-]+) \|", text["Parity"], re.MULTILINE)[1]
+            assert 0 < float(mean) < bound, text["Parity"]
+    for name in ("scoring", "training"):
+        assert re.search(rf"^`tests/on_gpu/{name}.py`: \d+ passed", text["Parity"], re.MULTILINE), text["Parity"]
+    assert re.search(r"`--tokens-per-batch auto` chose [\d,]+ tokens", text["Scoring"])
+    assert re.search(r"^\| matrix products \| [\d.]+% \| [\d.]+% \|$", text["Profile"], re.MULTILINE)
+    assert re.search(r"^- (\d+) of \1 shards are the same bytes from one worker and from two$", text["Several"], re.MULTILINE)
+    for contender in ("online", "packed"):
+        assert contender in text["Training"]
 
 
 @pytest.mark.slow
