@@ -38,7 +38,7 @@ def test_what_is_free_decides(wide, monkeypatch):
     monkeypatch.setattr(budget, "_peak", lambda model, layout, tokens: 10 * MIB + 1024 * 100 * tokens)
 
     def chosen(free: int, max_length: int = 2000, num_workers: int = 1):
-        monkeypatch.setattr(budget, "_free", lambda device: int(free / budget.SHARE["cpu"]))
+        monkeypatch.setattr(budget, "free_memory", lambda device: int(free / budget.SHARE["cpu"]))
         return budget.largest_budget(wide, layout="packed", max_length=max_length, num_workers=num_workers)
 
     assert chosen(10 * MIB + 1024 * 100 * 8200) == 8192

@@ -25,7 +25,7 @@ from precompute.scorer.self_test import self_test
 from store.errors import InputError
 from store.reader import open_store
 from train.packed import pack_policy
-from train.self_test import _as_trl_pads, self_test_policy
+from train.self_test import as_trl_pads, self_test_policy
 
 KINDS = ("olmo3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "gpt_oss", "qwen2_moe", "deepseek_v3")))
 """Two kinds of layers, by their windows; one; sinks and experts; experts beside an MLP; a dense layer first."""
@@ -79,7 +79,7 @@ def gradients(model, sequences: list, packed: bool) -> torch.Tensor:
         pack_policy(model, outputs)
     results = []
     for start in range(0, len(sequences), 4):  # rows of several lengths
-        input_ids, attention_mask, labels = _as_trl_pads(model, sequences[start : start + 4])
+        input_ids, attention_mask, labels = as_trl_pads(model, sequences[start : start + 4])
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         seen = model(**given, fused_lm_head=True, use_cache=False).log_probs
         (seen * torch.linspace(0.5, 2, seen.numel()).view_as(seen)).sum().backward()

@@ -186,7 +186,7 @@ class TrainConfig:
         Option(
             "Tokens per forward on each device, each prompt once: as many pairs as fit.",
             MACHINE,
-            default="auto",
+            default="auto, which measures what fits a GPU's memory; 16,384 on a CPU",
             type=IntegerOrAuto(),
             instead_of=("per_device_train_batch_size",),
         ),
@@ -232,7 +232,14 @@ class TrainConfig:
         AttentionKernel,
         Option("Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", MACHINE),
     ] = "default"
-    gradient_checkpointing: Annotated[bool, Option(group=MACHINE, default=usual("gradient_checkpointing"))] = True
+    gradient_checkpointing: Annotated[
+        bool | None,
+        Option(
+            "Compute each layer again in the backward, for less memory.",
+            MACHINE,
+            default="on; on GPUs --tokens-per-batch auto leaves it out where there is room",
+        ),
+    ] = None
     torch_compile: Annotated[
         bool,
         Option(

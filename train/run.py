@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 import os
 import resource
 import shlex
@@ -53,6 +54,7 @@ from train.checkpoint import remove_cut_short, state_of
 from train.config import TrainConfig, beta_notice
 from train.data import dataset_of, lengths_of
 from train.interrupt import CheckpointAndStop, anyone_told, evaluation_is_due
+from train.memory import MemoryPlan, choose, explained, measure
 from train.outlook import describe, outlook
 from train.plan import plan, refuse_folder
 from train.progress import ProgressLines
@@ -175,6 +177,18 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         course["lora"] = lora.described(trained)
         say(lora.notice(course["lora"]))
 
+    memory_plan = None
+    if config.tokens_per_batch == "auto" and where.type == "cuda":
+        tokens = lengths.packed
+        memory_plan = choose(
+            measure(trained if kind is None else trained.get_base_model(), args, config.zero_config, world=process.world),
+            longest=int(tokens.max(initial=0)),
+            most_useful=math.ceil(tokens.mean() * planned.batch / process.world),
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        args.activation_checkpointing = args.gradient_checkpointing = memory_plan.gradient_checkpointing
+        course["memory"] = memory_plan.to_json()
+        say(str(memory_plan))
     interrupt = CheckpointAndStop(stop)
     trainer = StoreDPOTrainer(
         model=trained,
@@ -184,7 +198,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         processing_class=tokenizer,
         callbacks=[LogLastStep(), ProgressLines(planned.batch), interrupt],
         lengths=lengths if config.layout == "packed" else None,
-        tokens_per_batch=budget_of(config),
+        tokens_per_batch=budget_of(config, memory_plan),
         pairs_per_step=planned.batch,
     )
     if trainer.without_dropout:
@@ -219,7 +233,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
                 write_whole(checkpoint)
             torch.distributed.barrier()
             trainer.add_callback(RemoveWhole(checkpoint))
-        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        with explained(memory_plan, args.activation_checkpointing, lambda: trainer.state.global_step):
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         if interrupt.stopped_at is not None:
             what = f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}"
             if config.save_only_model:
@@ -261,12 +276,14 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
 
 
 DEFAULT_TOKENS = 16384
-"""Of a micro-batch: enough for a GPU's kernels to be busy."""
+"""Of a micro-batch on a CPU, where memory is not measured."""
 
 
-def budget_of(config: TrainConfig) -> int | None:
+def budget_of(config: TrainConfig, memory_plan: MemoryPlan | None = None) -> int | None:
     """Tokens per micro-batch; None where it is pairs that are counted."""
-    return DEFAULT_TOKENS if config.tokens_per_batch == "auto" else config.tokens_per_batch
+    if config.tokens_per_batch != "auto":
+        return config.tokens_per_batch
+    return DEFAULT_TOKENS if memory_plan is None else memory_plan.tokens_per_batch
 
 
 def _leave_if_told(stop: StopRequest, device: torch.device, config: TrainConfig, first: bool) -> None:
@@ -411,7 +428,7 @@ def dpo_config(
         deepspeed=json.loads(config.zero_config.read_text(encoding="utf-8")) | engine_options
         if engine_options
         else str(config.zero_config),
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing is not False,
         disable_dropout=not config.lora_dropout,  # TRL's would be the adapter's too, against what was asked for
         torch_compile=config.torch_compile and config.layout == "padded",
         dataloader_num_workers=config.dataloader_num_workers,

@@ -94,7 +94,7 @@ def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward
 
 def _packed(model: PreTrainedModel, sequences: list[Sequence]) -> list[torch.Tensor]:
     with ready_to_train(model):
-        values = packed_forward(model, *_as_trl_pads(model, sequences), ("log_probs",)).log_probs
+        values = packed_forward(model, *as_trl_pads(model, sequences), ("log_probs",)).log_probs
     return [value[_scored(sequence)] for value, sequence in zip(values, sequences, strict=True)]
 
 
@@ -106,7 +106,7 @@ def _padded(model: PreTrainedModel, sequences: list[Sequence]) -> list[torch.Ten
     try:
         for group in together(model, sequences):
             members = [sequences[index] for index in group.members]
-            input_ids, attention_mask, labels = _as_trl_pads(model, members)
+            input_ids, attention_mask, labels = as_trl_pads(model, members)
             given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             values = model(**given, use_cache=False, fused_lm_head=True).log_probs
             for index, value in zip(group.members, values, strict=True):
@@ -122,7 +122,7 @@ def _scored(sequence: Sequence) -> slice:
     return slice(sequence.num_prompt - 1, len(sequence.ids) - 1)
 
 
-def _as_trl_pads(model: PreTrainedModel, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def as_trl_pads(model: PreTrainedModel, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """input_ids, attention_mask, labels [B, L] on the model's device."""
     longest = max(len(sequence.ids) for sequence in sequences)
     input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)

@@ -25,7 +25,6 @@ OF_PRESET = (
     "lr_scheduler_type",
     "warmup_ratio",
     "num_train_epochs",
-    "gradient_checkpointing",
     "max_grad_norm",
 )
 
@@ -50,6 +49,8 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
         fixed = fixed_pairs(*(given[name] for name in inspect.signature(fixed_pairs).parameters))
         name = "tokens_per_batch" if fixed is None else "per_device_train_batch_size"
         given[name] = "auto" if fixed is None else preset.per_device_train_batch_size
+    if given["gradient_checkpointing"] is None and not preset.gradient_checkpointing:
+        given["gradient_checkpointing"] = False
     if given["output_dir"] is None:
         given["output_dir"] = default_run(ref_store)
     if given["zero_config"] is None:

@@ -15,7 +15,7 @@ from precompute.scorer.attention import (
     set_attention,
     use_kernel,
 )
-from precompute.scorer.budget import largest_budget
+from precompute.scorer.budget import SHARE, MemoryWatch, free_memory, largest_budget
 from precompute.scorer.compiled import advice, compiler_wanted, named_compiler, use_compiled_layers, use_compiler
 from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory, use_fast_linears
 from precompute.scorer.head import head_of

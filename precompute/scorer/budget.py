@@ -8,6 +8,7 @@ The made-up batches have as many keys per token as a real one may have (packing.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, n
     InputError where not even one sequence of `max_length` tokens fits, or where memory cannot be measured.
     """
     kind = model.device.type
-    free = _free(model.device) * SHARE[kind] / (num_workers if kind == "cpu" else 1)
+    free = free_memory(model.device) * SHARE[kind] / (num_workers if kind == "cpu" else 1)
     try:
         small, large = (_peak(model, layout, tokens) for tokens in PROBES)
     except torch.cuda.OutOfMemoryError as error:
@@ -80,23 +81,36 @@ def _probe(model: PreTrainedModel, layout: Layout, num_tokens: int) -> None:
 
 def _peak(model: PreTrainedModel, layout: Layout, num_tokens: int) -> int:
     """Bytes that a forward of `num_tokens` takes beyond what is held before it, at their most."""
-    if model.device.type == "cuda":
-        _probe(model, layout, 128)  # libraries allocate workspace at first use
-        before = torch.cuda.memory_allocated(model.device)
-        torch.cuda.reset_peak_memory_stats(model.device)
-        _probe(model, layout, num_tokens)
-        return torch.cuda.max_memory_allocated(model.device) - before
-    _probe(model, layout, 128)
-    give_back_freed_memory()  # what was freed before and is still resident would hide as much of what the forward takes
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak (VmHWM) back to what is resident now
-        before = _status("VmRSS")
-        _probe(model, layout, num_tokens)
-        return _status("VmHWM") - before
-    except OSError as error:
-        raise InputError(
-            f"memory cannot be measured here: {error}", where="--tokens-per-batch auto", next="Give a number, such as 16384."
-        ) from error
+    _probe(model, layout, 128)  # libraries allocate workspace at first use
+    return MemoryWatch(model.device).most(lambda: _probe(model, layout, num_tokens))
+
+
+class MemoryWatch:
+    """Bytes on a device beyond those that are held when it is made: of a GPU by PyTorch's count, of the host by what is resident."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        give_back_freed_memory()  # what was freed before and is still resident would hide as much of what comes
+        self.before = self._held()
+
+    def most(self, work: Callable[[], object]) -> int:
+        """The most of them while `work()` runs. Raises InputError where a host does not tell."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            work()
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        give_back_freed_memory()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak (VmHWM) back to what is resident now
+            work()
+            return _status("VmHWM") - self.before
+        except OSError as error:
+            raise InputError(
+                f"memory cannot be measured here: {error}", where="--tokens-per-batch auto", next="Give a number, such as 16384."
+            ) from error
+
+    def _held(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _status("VmRSS")
 
 
 def _fits(model: PreTrainedModel, layout: Layout, num_tokens: int) -> bool:
@@ -109,7 +123,7 @@ def _fits(model: PreTrainedModel, layout: Layout, num_tokens: int) -> bool:
     return True
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes free on the device: a GPU's, with what PyTorch keeps for itself; or the host's, within this process's control groups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,16 +1,22 @@
 """Phase 2 on a GPU, as one task of `srun --gpus-per-task=1` that is not the first of its machine: what a micro-step costs, and that a
 tensor left on the CPU fails."""
 
+import json
 import os
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from one_rank import one_rank
+from safetensors.torch import load_file
 from train_setup import make_world
 
 from launch import launched
+from store.errors import InputError
+from train import memory
 from train.config import TrainConfig
 from train.run import train
 from train.trainer import REFERENCE, StoreDPOTrainer
@@ -107,3 +113,42 @@ def test_references_left_on_the_cpu_are_refused(config, monkeypatch):
     monkeypatch.setattr(StoreDPOTrainer, "_prepare_inputs", left_behind)
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         train(TrainConfig(**{**vars(config), "output_dir": Path(f"{config.output_dir}-left")}))
+
+
+@pytest.fixture
+def by_tokens(config, tmp_path, monkeypatch) -> TrainConfig:
+    """As many pairs as fit, under small buffers of DeepSpeed's and after short probes, which cost a made-up GPU seconds."""
+    monkeypatch.setattr(memory, "PROBES", {"cuda": (128, 512)})
+    monkeypatch.setattr(memory, "LAYER", 256)
+    zero = json.loads(config.zero_config.read_text())
+    zero["zero_optimization"] |= {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    pairs = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None, "effective_batch_size": 8}
+    return replace(config, **pairs, tokens_per_batch="auto", zero_config=tmp_path / "zero.json", output_dir=tmp_path / "run")
+
+
+def test_auto_plans_the_memory(by_tokens, capsys):
+    """Held against what the run then took, of weights, engine and micro-steps."""
+    result = train(by_tokens)
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^--tokens-per-batch auto: [\d,]+ without gradient checkpointing: .* per token, .* GiB for the engine", said, re.MULTILINE
+    )
+    planned = json.loads((by_tokens.output_dir / "run.json").read_text())["memory"]
+    assert planned["gradient_checkpointing"] is False and planned["tokens_per_batch"] % 1024 == 0
+    measured = planned["measured"]
+    assert measured["checkpointed"]["per_unit"] < measured["kept"]["per_unit"]
+    row = measured["kept"]["constant"] + measured["kept"]["per_unit"] * 8 * 2 * 96  # all pairs of a step, at their longest
+    weights = 2 * sum(each.numel() for each in load_file(by_tokens.output_dir / "model.safetensors").values())
+    assert 0.3 < result.peak_memory / (weights + max(measured["backward"] + row, measured["step"])) < 1.1
+
+
+def test_memory_that_does_not_suffice_for_a_number_suffices_for_auto(by_tokens):
+    taken = torch.empty(torch.cuda.mem_get_info()[0] - 44 * 2**20, dtype=torch.uint8, device="cuda:0")
+    given = replace(by_tokens, tokens_per_batch=100_000, gradient_checkpointing=False)
+    with pytest.raises(InputError, match="out of memory in step [12].*found CUDA out of memory.*Use --gradient-checkpointing"):
+        train(given)
+    train(by_tokens)
+    planned = json.loads((by_tokens.output_dir / "run.json").read_text())["memory"]
+    assert planned["tokens_per_batch"] < 1024
+    del taken

@@ -1,0 +1,121 @@
+"""--tokens-per-batch auto of training: what is chosen from what was measured, and that what is measured is what is taken."""
+
+import math
+import os
+
+import pytest
+import tiny
+import torch
+import torch.distributed
+from one_rank import one_rank
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
+
+from launch import Process
+from precompute.scorer.api import MemoryWatch
+from store.errors import InputError
+from train import memory
+from train.config import ZERO2
+from train.memory import GIB, Cost, Measured, choose
+from train.run import join
+
+MB = 1e6
+
+B200 = Measured(
+    free=0.9 * 165 * GIB, kept=Cost(5.6 * MB, 3 * GIB), checkpointed=Cost(0.55 * MB, 3 * GIB), backward=28 * GIB, step=39 * GIB
+)
+"""As of OLMo 3's 7B on four B200, beside its weights."""
+
+
+def test_checkpointing_is_left_out_where_the_budget_holds_enough_without():
+    plan = choose(B200, longest=15_800, most_useful=100_000, gradient_checkpointing=None)
+    assert (plan.gradient_checkpointing, plan.tokens_per_batch) == (False, 22_528)  # (148.5 - 28 - 3) GiB / 5.6 MB, in whole 1,024
+    assert str(plan) == (
+        "--tokens-per-batch auto: 22,528 without gradient checkpointing: 5.6 MB per token, 28 GiB for the engine (39 in its step),"
+        " together 148 of 148 GiB"
+    )
+    longer = choose(B200, longest=30_000, most_useful=100_000, gradient_checkpointing=None)
+    assert (longer.gradient_checkpointing, longer.tokens_per_batch) == (True, memory.MOST)
+
+
+def test_few_tokens_are_enough_where_a_step_has_no_more():
+    less = Measured(**vars(B200) | {"free": 80 * GIB})  # room for 9,396 tokens without checkpointing
+    assert choose(less, longest=4000, most_useful=100_000, gradient_checkpointing=None).gradient_checkpointing
+    plan = choose(less, longest=4000, most_useful=9000, gradient_checkpointing=None)
+    assert (plan.gradient_checkpointing, plan.tokens_per_batch) == (False, 9216)
+
+
+def test_what_is_given_stands():
+    with_ = choose(B200, longest=4000, most_useful=100_000, gradient_checkpointing=True)
+    assert (with_.gradient_checkpointing, with_.tokens_per_batch) == (True, memory.MOST)
+    less = Measured(**vars(B200) | {"free": 80 * GIB})
+    without = choose(less, longest=9300, most_useful=100_000, gradient_checkpointing=False)
+    assert (without.gradient_checkpointing, without.tokens_per_batch) == (False, 9300)  # the longest pair, though no whole 1,024
+    with pytest.raises(
+        InputError, match="longest pair does not fit the memory without gradient checkpointing.*--gradient-checkpoint"
+    ):
+        choose(less, longest=9500, most_useful=100_000, gradient_checkpointing=False)
+
+
+def test_what_does_not_fit_at_all_is_said_with_the_numbers():
+    no_row = Measured(**vars(B200) | {"free": 40 * GIB, "kept": Cost(math.inf, 0.0)})  # not even the measured rows fitted
+    assert choose(no_row, longest=8000, most_useful=100_000, gradient_checkpointing=None).gradient_checkpointing
+    with pytest.raises(
+        InputError, match="longest pair.*expected 41.2 GiB for the engine and 20,000 tokens.*found 40 GiB.*--max-length"
+    ):
+        choose(no_row, longest=20_000, most_useful=100_000, gradient_checkpointing=None)
+    with pytest.raises(InputError, match="optimizer's step.*expected 39 GiB.*found 30 GiB.*more GPUs"):
+        choose(Measured(**vars(B200) | {"free": 30 * GIB}), longest=100, most_useful=1000, gradient_checkpointing=None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Its micro-steps take enough to be seen among pages that come and go."""
+    torch.manual_seed(0)
+    sizes = tiny.SMALL | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "max_position_embeddings": 8192}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_rows_predict_a_longer_one(model, checkpointing):
+    """Real memory: of 2,000 tokens, from 128 and 512."""
+    cost = memory._of_micro_steps(model, checkpointing)
+    layers = 8 * 256 * 4  # bytes of the hidden states between layers, per token
+    assert 1 * layers < cost.per_unit < (20 if checkpointing else 60) * layers
+    if checkpointing:
+        assert cost.per_unit < 0.75 * memory._of_micro_steps(model, False).per_unit
+        model.activation_checkpointing_enable()
+    with memory.ready_to_train(model.train()), memory._gradients_let_go(model):
+        seen = MemoryWatch(model.device).most(lambda: memory._micro_step(model, 2000))
+    model.activation_checkpointing_disable()
+    assert 0.5 * cost.of(2000) < seen < 1.5 * cost.of(2000)
+    assert all(each.grad is None for each in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_engine_is_measured_by_real_steps_and_let_go():
+    """float32, one rank: Adam's two states, sums of gradients, gradients; DeepSpeed keeps the weights once more."""
+    with one_rank():
+        os.environ["MASTER_PORT"] = "29741"
+        join(Process(rank=0, world=1, local_rank=0))
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        args = TrainingArguments("unused", use_cpu=True)
+        watch = MemoryWatch(torch.device("cpu"))
+        backward, step = memory._of_engines(ZERO2, args, torch.float32, torch.device("cpu"), world=1)
+        left = watch.most(lambda: None)
+    assert 12 < backward.per_unit < 40 and 12 < step.per_unit < 40
+    assert left < 200e6  # of 24 M parameters, which took some 700 MB
+
+
+def test_memory_that_runs_out_is_explained():
+    plan = choose(B200, longest=4000, most_useful=100_000, gradient_checkpointing=None)
+    for given, checkpointing, words in (
+        (plan, False, "22,528 tokens.*148 GiB were planned.*found CUDA out of memory. Tried 5 GiB.*Use --gradient-checkpointing"),
+        (plan, True, "Use --tokens-per-batch 11264"),
+        (None, True, "Lower --tokens-per-batch"),
+    ):
+        with (
+            pytest.raises(InputError, match=f"out of memory in step 3.*{words}"),
+            memory.explained(given, checkpointing, lambda: 2),
+        ):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried 5 GiB.")
