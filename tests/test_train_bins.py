@@ -16,6 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 RELATIVE = 1e-5
 
+OF_GRADIENT = 1e-4
+"""Of its norm. The longest pair's sums are some 10,000 nats, which float32 has to 1e-3: times beta that moves the pair's gradient. Measured: 5e-5 with
+the pair undivided as well, and 1e-7 with hinge, whose gradient does not depend on them."""
+
 
 def rows_of_all_lengths(num_rows: int) -> list[dict]:
     """Pairs of 30 to 2,000 tokens: few long ones, as stock pads whole batches to them."""
@@ -74,7 +78,8 @@ def compare(folder: Path, loss: str, cases: list[tuple[int, int]]) -> None:
             rounding = beta * 1e-6 * max(abs(stocks["logps/chosen"]), abs(stocks["logps/rejected"]))
             for name, value in stocks.items():
                 floor = rounding if name.startswith("rewards/") else 1e-8 if name.startswith("logits/") else 0.0
-                assert mine[name] == pytest.approx(value, rel=RELATIVE, abs=floor), (case, step, name)
+                relative = OF_GRADIENT if name == "grad_norm" else RELATIVE
+                assert mine[name] == pytest.approx(value, rel=relative, abs=floor), (case, step, name)
         for name, weight in theirs["weights"].items():
             difference = (ours["weights"][name] - weight).norm()
             assert difference <= RELATIVE * weight.norm(), (case, name)
