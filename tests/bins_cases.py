@@ -28,14 +28,12 @@ LOSSES = {
     **{name: {"loss_type": [name]} for name in LOSS_TYPES if name not in SORT_PAIRS},
     "sigmoid_norm": {"loss_type": ["sigmoid_norm"], "beta": 5.0},
     "sigmoid + sigmoid_norm": {"loss_type": ["sigmoid", "sigmoid_norm"], "loss_weights": [1.0, 0.3]},
-    "sigmoid + sft, weighted": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    "sigmoid + sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
     "WPO": {"use_weighting": True},
     "ld_alpha": {"ld_alpha": 0.3},
 }
 BATCH, NUM_PAIRS, MAX_LENGTH = 16, 67, 2048
 """Five batches, of which the last has 3 pairs: fewer than there are bins."""
-
-MICRO_STEPS = (1, 2, 7)
 
 
 def settings(folder: Path, loss: str) -> dict:
