@@ -101,7 +101,7 @@ def run_one(args) -> None:
     from train import lora
     from train.balance import shuffled
     from train.config import ZERO2
-    from train.data import dataset_of, lengths_of
+    from train.data import Lengths, dataset_of, lengths_of
     from train.flops import PairFlops
     from train.run import join, peak_memory
     from train.speed import Speed
@@ -133,7 +133,7 @@ def run_one(args) -> None:
             if self.state.global_step:
                 whole, scored = (inputs[name].sum(dim=1).cpu().numpy() for name in ("attention_mask", "completion_mask"))
                 padded = inputs["attention_mask"].numel()
-                self.counts.count((whole - scored)[:half], scored[:half], scored[half:], padded)
+                self.counts.count(Lengths((whole - scored)[:half], scored[:half], scored[half:]), padded)
             return super()._compute_loss(model, inputs, return_outputs)
 
     class Stock(Watched, DPOTrainer):

@@ -69,7 +69,7 @@ def test_what_a_backward_cannot_do_is_one_error(monkeypatch):
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_catches_rope_that_follows_the_row(layout, dtype, monkeypatch):
-    for module in ("precompute.scorer.scoring", "train.packed", "train.self_test"):
+    for module in ("precompute.scorer.scoring", "train.rows", "train.self_test"):
         monkeypatch.setattr(f"{module}.together", one_row)
     model = tiny.make_unusual("phi3").to(getattr(torch, dtype))
     with pytest.raises(InputError, match=f"{layout} scoring disagrees"):

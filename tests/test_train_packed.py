@@ -22,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 from store.errors import InputError
 from train.balance import BalancedSampler, Shape, deal, deal_whole, imbalance, shuffled
 from train.config import LOSS_TYPES
+from train.data import Lengths
 from train.flops import PairFlops
 from train.packed import pack_policy
 from train.speed import Speed
@@ -319,7 +320,7 @@ def test_speed_counts_pairs_and_knows_a_gpus_peak(monkeypatch):
     """A chosen of 3 + 2 and a rejected of 3 + 1 tokens in rows of 5: 9 tokens, 6 packed, 10 padded."""
     monkeypatch.setattr("train.speed.peak_flops", lambda device, dtype: 1e6)
     speed = Speed(PairFlops(10, 5, (2, 2), (None, 2)), torch.device("cpu"), torch.bfloat16)
-    speed.count(np.array([3]), np.array([2]), np.array([1]), 10)
+    speed.count(Lengths(np.array([3]), np.array([2]), np.array([1])), 10)
     speed.recent.seconds.update(data=0.5, forward=0.5, backward_and_step=1.0)
     report = speed.recent_report()
     assert report == {

@@ -66,9 +66,19 @@ class Lengths:
         return self.prompt + self.chosen + self.rejected
 
     @property
+    def both(self) -> np.ndarray:
+        """Tokens of both sequences: the prompt twice."""
+        return self.packed + self.prompt
+
+    @property
     def longer(self) -> np.ndarray:
         """Tokens of the longer side, prompt included."""
         return self.prompt + np.maximum(self.chosen, self.rejected)
+
+    @property
+    def padded(self) -> int:
+        """What all of them as one padded batch have: two rows per pair, as long as the longest."""
+        return 2 * len(self.longer) * int(self.longer.max(initial=0))
 
 
 def lengths_of(dataset: Dataset, store: Store, max_length: int) -> Lengths:

@@ -8,10 +8,8 @@ count twice. Here:
 3. replay   rank 0 runs TRL's loss on the tokens of all pairs as one batch      on the CPU, where there is room
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 import torch.distributed
@@ -20,6 +18,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from train.data import REFERENCE
+from train.metrics import gathering
 from train.packed import PER_TOKEN
 
 
@@ -116,23 +115,10 @@ def _sides(sequences, side: int):
 
 def _trls_loss(trainer: DPOTrainer, model: Callable, inputs: dict, device: torch.device) -> tuple[float, dict[str, list[float]]]:
     """TRL's loss and metrics of one batch, by this rank alone."""
-    with _alone(trainer, device):
+
+    def same(values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    with gathering(trainer, "eval", device, same, same) as metrics:
         loss = DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
-        return float(loss), dict(trainer._metrics["eval"])
-
-
-@contextmanager
-def _alone(trainer: DPOTrainer, device: torch.device):
-    """Inside the block `trainer` gathers nothing from other ranks, and starts without metrics; afterwards it has none."""
-
-    def same(value: torch.Tensor | Iterable):
-        return value
-
-    together = trainer.accelerator
-    trainer.accelerator = SimpleNamespace(device=device, gather=same, gather_for_metrics=same)
-    trainer._metrics["eval"].clear()
-    try:
-        yield
-    finally:
-        trainer._metrics["eval"].clear()
-        trainer.accelerator = together
+        return float(loss), dict(metrics)

@@ -23,7 +23,7 @@ import torch.distributed
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from precompute.scorer.api import SHARE, MemoryWatch, free_memory
+from precompute.scorer.api import MOST, SHARE, MemoryWatch, free_memory
 from precompute.scorer.packing import Sequence
 from store.errors import InputError
 from train.packed import packed_forward, ready_to_train
@@ -34,9 +34,6 @@ PROBES = {"cuda": (1024, 4096), "cpu": (128, 512)}
 
 USEFUL = 16384
 """Tokens to a micro-step beyond which more gain little, so that memory is better spent on what backward would compute again."""
-
-MOST = 65536
-"""Tokens to a micro-step beyond which more gain nothing (precompute/scorer/budget.py)."""
 
 LAYER = 1024
 """Channels of the small models' layers, of 1024 x 1024 parameters each."""

@@ -5,9 +5,11 @@ TRL's `_compute_loss` gathers some fifteen values from all ranks and reads each,
 logs of the same pairs in one micro-batch.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.distributed
@@ -72,6 +74,25 @@ class Sums:
 
 
 @contextmanager
+def gathering(
+    trainer: DPOTrainer,
+    mode: Literal["train", "eval"],
+    device: torch.device,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    gather_for_metrics: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[dict[str, list[float]]]:
+    """Inside the block TRL's loss gathers by these functions, on `device`, and the metrics it logs are in the dict that is yielded; afterwards
+    `trainer` has the metrics it had before."""
+    together, logged = trainer.accelerator, trainer._metrics[mode]
+    trainer.accelerator = SimpleNamespace(device=device, gather=gather, gather_for_metrics=gather_for_metrics)
+    trainer._metrics[mode] = defaultdict(list)
+    try:
+        yield trainer._metrics[mode]
+    finally:
+        trainer.accelerator, trainer._metrics[mode] = together, logged
+
+
+@contextmanager
 def kept(trainer: DPOTrainer, sums: Sums, counted: bool) -> Iterator[None]:
     """Inside the block TRL's loss gathers and logs nothing; what it would is added to `sums`, unless the pairs are not `counted`."""
     of_pairs: list[torch.Tensor] = []
@@ -81,18 +102,14 @@ def kept(trainer: DPOTrainer, sums: Sums, counted: bool) -> Iterator[None]:
         where.append(values if counted else values * 0)
         return torch.zeros(1)  # on the CPU: reading it waits for nothing
 
-    together, logged, num_tokens = trainer.accelerator, dict(trainer._metrics["train"]), trainer._total_train_tokens
-    trainer.accelerator = SimpleNamespace(
-        device=together.device,
-        gather=lambda values: keep(values, of_pairs),
-        gather_for_metrics=lambda values: keep(values, of_tokens),
-    )
-    try:
-        yield
-    finally:
-        trainer.accelerator, trainer._total_train_tokens = together, num_tokens
-        trainer._metrics["train"].clear()
-        trainer._metrics["train"].update(logged)
+    num_tokens = trainer._total_train_tokens
+    with gathering(
+        trainer, "train", trainer.accelerator.device, lambda values: keep(values, of_pairs), lambda values: keep(values, of_tokens)
+    ):
+        try:
+            yield
+        finally:
+            trainer._total_train_tokens = num_tokens
     if (len(of_pairs), len(of_tokens)) != (len(OF_PAIRS), NUM_OF_TOKENS):
         raise RuntimeError(f"TRL gathered {len(of_pairs)} values of pairs and {len(of_tokens)} of tokens: another version?")
     for name, values in zip(OF_PAIRS, of_pairs, strict=True):

@@ -20,19 +20,18 @@ from precompute.scorer.api import (
     compiler_wanted,
     head_of,
     packed_attention,
-    packed_outputs,
     refuse_unpackable,
+    replaced,
     row_outputs,
     set_attention,
-    together,
     use_compiled_layers,
     use_fast_linears,
     use_fused_norms,
 )
-from precompute.scorer.packing import Sequence, pack
+from precompute.scorer.packing import Sequence
 from store.errors import InputError
 from train.metrics import OfTokens
-from train.rows import Row
+from train.rows import Arranged, Row, arrange
 
 VOCABULARY_TILE = {"cpu": 2048, "cuda": 32768}
 """Vocabulary entries whose logits exist at a time in TRL's head: what stays in a CPU's cache, and TRL's own choice."""
@@ -79,13 +78,8 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
 def ready_to_train(model: PreTrainedModel):
     """Inside the block `packed_forward(model, ...)` runs as after `pack_policy`; at its end the model is as before. For the self-test."""
     refuse_unpackable_policy(model)
-    replaced = _use_fast_modules(model)
-    try:
-        with packed_attention(model):
-            yield
-    finally:
-        for module in replaced:
-            del module.forward  # the class's own shows again
+    with replaced(_use_fast_modules(model)), packed_attention(model):
+        yield
 
 
 def _use_fast_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -116,30 +110,18 @@ def packed_forward(
         Sequence(row[:length].astype(np.int32), prompt) for row, length, prompt in zip(ids, lengths, num_prompts, strict=True)
     ]
     width = input_ids.shape[1] - 1
-    predicting, targets, places, slots, routers = [], [], [], [], []
-    num_targets = 0
-    for group in together(model, sequences):  # one, but for models whose RoPE follows the row
-        members = [sequences[index] for index in group.members]
-        (batch,) = pack(members, tokens_per_batch=sum(lengths), whole=group.whole or with_routers)
-        row = packed_outputs(model, batch, **({"output_router_logits": True} if with_routers else {}))
-        predicting.append(row.last_hidden_state[0][torch.from_numpy(batch.predictors).to(device)])
-        targets.append(batch.targets)
-        for index, of_member in zip(group.members[batch.members], batch.slots, strict=True):
-            places.append(index * width + np.arange(sequences[index].num_prompt - 1, len(sequences[index].ids) - 1))
-            slots.append(of_member + num_targets)
-        num_targets += len(batch.targets)
-        if with_routers:
-            every = torch.from_numpy(np.concatenate(batch.places)).to(device)  # a shared token counts for each sequence that has it
-            routers.append([logits.view(-1, logits.shape[-1])[every] for logits in row.router_logits])
-    values = _head_values(model, torch.cat(predicting), torch.from_numpy(np.concatenate(targets)).to(device), outputs)
-    at, taken = (torch.from_numpy(np.concatenate(each)).to(device) for each in (places, slots))
-    placed = {
-        name: None if value is None else value.new_zeros(len(ids) * width).index_copy(0, at, value[taken]).view(len(ids), width)
-        for name, value in zip(PER_TOKEN, values, strict=True)
-    }
+    places = [index * width + np.arange(each.num_prompt - 1, len(each.ids) - 1) for index, each in enumerate(sequences)]
+    at = torch.from_numpy(np.concatenate(places)).to(device)
+    arranged, batches = arrange(model.config, sequences, whole=with_routers)
+    options = {"output_router_logits": True} if with_routers else {}
+    bodies, values = _of_tokens(model, arranged.moved(lambda tensor: tensor.to(device)), outputs, **options)
+    placed = {name: _on_grid(value, at, (len(ids), width)) for name, value in values.items()}
     aux_loss = None
     if with_routers:
-        config = model.config.get_text_config()
+        config, routers = model.config.get_text_config(), []
+        for body, batch in zip(bodies, batches, strict=True):
+            every = torch.from_numpy(np.concatenate(batch.places)).to(device)  # a shared token counts for each sequence that has it
+            routers.append([logits.view(-1, logits.shape[-1])[every] for logits in body.router_logits])
         layers = tuple(torch.cat(layer) for layer in zip(*routers, strict=True))
         aux_loss = load_balancing_loss_func(layers, config.num_experts, config.num_experts_per_tok)
     mask = labels[:, 1:] != -100
@@ -153,20 +135,24 @@ def row_forward(model: PreTrainedModel, row: Row, outputs: tuple[str, ...]) -> F
 
     TRL's loss reads grids [2 pairs, longest completion]; its metrics read completion tokens alone (train/metrics.py).
     """
-    hidden = [
-        row_outputs(model, packed).last_hidden_state[0][predictors]
-        for packed, predictors in zip(row.rows, row.predictors, strict=True)
-    ]
-    values = _head_values(model, hidden[0] if len(hidden) == 1 else torch.cat(hidden), row.targets, outputs)
-    of_tokens = {name: None if value is None else value[row.taken] for name, value in zip(PER_TOKEN, values, strict=True)}
-    for name in ON_GRID:
-        if (value := of_tokens[name]) is not None:
-            grid = value.new_zeros(row.grid[0] * row.grid[1])
-            of_tokens[name] = grid.index_copy(0, row.places, value).view(row.grid)
-    for name in PER_TOKEN:
-        if name not in ON_GRID and of_tokens[name] is not None:
-            of_tokens[name] = OfTokens(of_tokens[name], row.num_chosen)
-    return FusedCausalLMOutput(loss=None, label_mask=None, aux_loss=None, **of_tokens)
+    _, values = _of_tokens(model, row.arranged, outputs)
+    for name, value in values.items():
+        if value is not None:
+            values[name] = _on_grid(value, row.places, row.grid) if name in ON_GRID else OfTokens(value, row.num_chosen)
+    return FusedCausalLMOutput(loss=None, label_mask=None, aux_loss=None, **values)
+
+
+def _of_tokens(model: PreTrainedModel, arranged: Arranged, outputs: tuple[str, ...], **options) -> tuple[list, dict]:
+    """What the model's body returns for each row, and PER_TOKEN values of each completion token, [K] or None for those not in `outputs`."""
+    bodies = [row_outputs(model, row, **options) for row in arranged.rows]
+    hidden = [body.last_hidden_state[0][predictors] for body, predictors in zip(bodies, arranged.predictors, strict=True)]
+    values = _head_values(model, hidden[0] if len(hidden) == 1 else torch.cat(hidden), arranged.targets, outputs)
+    return bodies, {name: None if value is None else value[arranged.taken] for name, value in zip(PER_TOKEN, values, strict=True)}
+
+
+def _on_grid(values: torch.Tensor | None, places: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
+    """values [K] at `places` of a flattened grid of zeros."""
+    return None if values is None else values.new_zeros(grid[0] * grid[1]).index_copy(0, places, values).view(grid)
 
 
 def _head_values(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, outputs: tuple[str, ...]) -> tuple:

@@ -16,30 +16,16 @@ from datasets import Dataset
 from transformers.configuration_utils import PreTrainedConfig
 
 from precompute.scorer.api import PackedRow, together
-from precompute.scorer.packing import Sequence, pack
+from precompute.scorer.packing import PackedBatch, Sequence, pack
 from train.bins import MicroBatch
-from train.data import REFERENCE
+from train.data import REFERENCE, Lengths
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Tokens of each pair of a micro-batch, int64 [pairs], and what a padded batch of them would have."""
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-
-    @property
-    def padded(self) -> int:
-        longest = (self.prompt + np.maximum(self.chosen, self.rejected)).max(initial=0)
-        return 2 * len(self.prompt) * int(longest)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the policy computes in one micro-step."""
+class Arranged:
+    """Sequences as packed rows, and where the head reads and what it should find."""
 
     rows: tuple[PackedRow, ...]
     """One, but for models whose RoPE follows the row (precompute/scorer/rope.py)."""
@@ -48,26 +34,56 @@ class Row:
     targets: torch.Tensor
     """int64 [N], what they should predict."""
     taken: torch.Tensor
-    """int64 [K], for each completion token, chosen sides first, which of the N it is: shared tokens are computed once."""
+    """int64 [K], for each completion token, sequence by sequence, which of the N it is: shared tokens are computed once."""
+
+    def moved(self, move: Move) -> "Arranged":
+        """Every tensor as `move` gives it."""
+        return Arranged(
+            tuple(row.moved(move) for row in self.rows), tuple(map(move, self.predictors)), move(self.targets), move(self.taken)
+        )
+
+
+def arrange(config: PreTrainedConfig, sequences: list[Sequence], *, whole: bool = False) -> tuple[Arranged, list[PackedBatch]]:
+    """On the CPU, for a model of this configuration; and the batches that the rows are made of. `whole`: as in `pack`."""
+    rows, predictors, targets, batches, num_targets = [], [], [], [], 0
+    taken: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
+    for group in together(SimpleNamespace(config=config), sequences):
+        members = [sequences[index] for index in group.members]
+        (batch,) = pack(members, tokens_per_batch=sum(len(each.ids) for each in members), whole=group.whole or whole)
+        batches.append(batch)
+        rows.append(PackedRow.of(batch))
+        predictors.append(torch.from_numpy(batch.predictors))
+        targets.append(batch.targets)
+        for index, slots in zip(group.members[batch.members], batch.slots, strict=True):
+            taken[index] = slots + num_targets
+        num_targets += len(batch.targets)
+    of_all = (torch.from_numpy(np.concatenate(each)) for each in (targets, taken))
+    return Arranged(tuple(rows), tuple(predictors), *of_all), batches
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the policy computes in one micro-step; of each pair the chosen and the rejected sequence, all chosen ones first."""
+
+    arranged: Arranged
     places: torch.Tensor
-    """int64 [K], where it stands in TRL's grid, flattened and without its first column."""
+    """int64 [K], where each completion token stands in TRL's grid, flattened and without its first column."""
     grid: tuple[int, int]
     """Rows and columns of that: 2 pairs x the longest completion."""
     num_chosen: int
     """Of the K tokens, those of chosen sides."""
-    counts: Counts
+    lengths: Lengths
+    """Of the pairs."""
     micro_batch: MicroBatch
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all sequences of the pairs that count."""
+        return int(self.lengths.both.sum()) if self.micro_batch.weight else 0
 
     def moved(self, move: Move) -> "Row":
         """Every tensor as `move` gives it."""
-        return replace(
-            self,
-            rows=tuple(row.moved(move) for row in self.rows),
-            predictors=tuple(map(move, self.predictors)),
-            targets=move(self.targets),
-            taken=move(self.taken),
-            places=move(self.places),
-        )
+        return replace(self, arranged=self.arranged.moved(move), places=move(self.places))
 
     def pin_memory(self) -> "Row":
         """What PyTorch's loader asks of a value that it does not know."""
@@ -99,10 +115,18 @@ def loss_inputs(read: dict[str, list], config: PreTrainedConfig, micro_batch: Mi
     sides = [[np.asarray(ids, np.int32) for ids in read[name]] for name in ("chosen_ids", "rejected_ids")]
     completions = [ids for side in sides for ids in side]
     sequences = [Sequence(np.concatenate([prompt, ids]), len(prompt)) for prompt, ids in zip(prompts * 2, completions, strict=True)]
-    lengths = np.array([len(ids) for ids in completions])
-    row = _row(sequences, config, lengths, int(lengths[: len(prompts)].sum()), prompts, micro_batch)
-    mask = np.zeros((len(completions), 1 + row.grid[1]), np.int64)
-    mask[:, 1:] = np.arange(row.grid[1]) < lengths[:, None]
+    counts = np.array([len(ids) for ids in completions])
+    half, width = len(prompts), int(counts.max())
+    row = Row(
+        arranged=arrange(config, sequences)[0],
+        places=torch.from_numpy(np.concatenate([index * width + np.arange(count) for index, count in enumerate(counts)])),
+        grid=(len(sequences), width),
+        num_chosen=int(counts[:half].sum()),
+        lengths=Lengths(np.array([len(ids) for ids in prompts]), counts[:half], counts[half:]),
+        micro_batch=micro_batch,
+    )
+    mask = np.zeros((len(sequences), 1 + width), np.int64)
+    mask[:, 1:] = np.arange(width) < counts[:, None]
     mask = torch.from_numpy(mask)
     return {
         "input_ids": torch.zeros_like(mask),  # TRL makes labels of them, which nobody reads
@@ -111,31 +135,3 @@ def loss_inputs(read: dict[str, list], config: PreTrainedConfig, micro_batch: Mi
         **{name: torch.tensor(read[name], dtype=torch.float32) for name in REFERENCE},
         "row": row,
     }
-
-
-def _row(sequences, config, lengths: np.ndarray, num_chosen: int, prompts, micro_batch: MicroBatch) -> Row:
-    width = int(lengths.max())
-    rows, predictors, targets, num_targets = [], [], [], 0
-    taken: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
-    for group in together(SimpleNamespace(config=config), sequences):
-        members = [sequences[index] for index in group.members]
-        (batch,) = pack(members, tokens_per_batch=sum(len(each.ids) for each in members), whole=group.whole)
-        rows.append(PackedRow.of(batch))
-        predictors.append(torch.from_numpy(batch.predictors))
-        targets.append(batch.targets)
-        for index, slots in zip(group.members[batch.members], batch.slots, strict=True):
-            taken[index] = slots + num_targets
-        num_targets += len(batch.targets)
-    places = np.concatenate([index * width + np.arange(length) for index, length in enumerate(lengths)])
-    half = len(prompts)
-    return Row(
-        rows=tuple(rows),
-        predictors=tuple(predictors),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        taken=torch.from_numpy(np.concatenate(taken)),
-        places=torch.from_numpy(places),
-        grid=(len(sequences), width),
-        num_chosen=num_chosen,
-        counts=Counts(np.array([len(ids) for ids in prompts]), lengths[:half], lengths[half:]),
-        micro_batch=micro_batch,
-    )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed
 
+from train.data import Lengths
 from train.flops import PairFlops, peak_flops
 
 PREFIX = "speed/"
@@ -67,13 +68,12 @@ class Speed:
                 torch.cuda.synchronize(self.device)
             self.recent.seconds[name] += time.perf_counter() - started
 
-    def count(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, padded: int) -> None:
-        """Tokens of the pairs of one micro-batch, int [pairs] each, and of the padded batch that they make."""
-        completions = int((chosen + rejected).sum())
-        packed = int(prompt.sum()) + completions
-        counted = Counted(packed + int(prompt.sum()), packed, padded, len(prompt), by_micro_step=[packed])
+    def count(self, lengths: Lengths, padded: int) -> None:
+        """The pairs of one micro-batch, and the tokens of the padded batch that they make."""
+        packed = int(lengths.packed.sum())
+        counted = Counted(int(lengths.both.sum()), packed, padded, len(lengths.prompt), by_micro_step=[packed])
         if self.flops is not None:
-            counted.flops = float(self.flops.of_pairs(prompt, chosen, rejected).sum())
+            counted.flops = float(self.flops.of_pairs(lengths.prompt, lengths.chosen, lengths.rejected).sum())
         self.recent.add(counted)
 
     def count_nothing(self) -> None:

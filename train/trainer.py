@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import is_peft_model
@@ -39,7 +38,7 @@ from train.evaluate import evaluate
 from train.flops import PairFlops
 from train.metrics import Sums, kept
 from train.packed import pack_policy
-from train.rows import MicroBatches, only
+from train.rows import MicroBatches, Row, only
 from train.speed import Speed
 
 NUM_TOKENS = "num_tokens"
@@ -197,21 +196,20 @@ class StoreDPOTrainer(DPOTrainer):
         with self.speed.phase("forward"):
             if self.bins is not None:
                 return self._loss_of_row(model, inputs)
-            self.speed.count(*_counts(inputs), inputs["attention_mask"].numel())
+            self.speed.count(_lengths(inputs), inputs["attention_mask"].numel())
             share = None if self.sft_tokens is None else _chosen_tokens(inputs) / self.sft_tokens
             with self._weighted_sft(share):
                 return super()._compute_loss(model, inputs, return_outputs)
 
     def _loss_of_row(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss of a micro-batch of train/bins.py, weighted so that the step's is the mean over all its pairs."""
-        counts, micro_batch = inputs["row"].counts, inputs["row"].micro_batch
-        counted = micro_batch.weight > 0
+        row: Row = inputs["row"]
+        micro_batch, counted = row.micro_batch, row.micro_batch.weight > 0
         if counted:
-            self.speed.count(counts.prompt, counts.chosen, counts.rejected, counts.padded)
+            self.speed.count(row.lengths, row.lengths.padded)
         else:
             self.speed.count_nothing()
-        num_tokens = float((2 * counts.prompt + counts.chosen + counts.rejected).sum())
-        self.sums.add(NUM_TOKENS, num_tokens if counted else 0.0, 1.0)
+        self.sums.add(NUM_TOKENS, float(row.num_tokens), 1.0)
         share = micro_batch.token_weight / micro_batch.weight if counted else None
         with self._weighted_sft(share), kept(self, self.sums, counted):
             loss = super()._compute_loss(model, inputs, False)
@@ -232,9 +230,7 @@ class StoreDPOTrainer(DPOTrainer):
         """transformers' estimate: 6 FLOPs per token and weight. Of a row, for the tokens of its sequences."""
         if "row" not in inputs:
             return super().floating_point_ops(inputs)
-        counts = inputs["row"].counts
-        tokens = int((2 * counts.prompt + counts.chosen + counts.rejected).sum()) if inputs["row"].micro_batch.weight else 0
-        return 6 * tokens * self.num_weights
+        return 6 * inputs["row"].num_tokens * self.num_weights
 
     @cached_property
     def num_weights(self) -> int:
@@ -247,7 +243,7 @@ class StoreDPOTrainer(DPOTrainer):
             if means:
                 self._total_train_tokens += int(means.pop(NUM_TOKENS)[1])
                 self._metrics["train"] |= {name: [mean] for name, (mean, _) in means.items()}
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+                self._metrics["train"][NUM_TOKENS] = [self._total_train_tokens]
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -285,12 +281,12 @@ def _set_micro_steps(args: DPOConfig, num_micro_steps: int) -> None:
         }
 
 
-def _counts(inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens of prompt, chosen and rejected of each pair of a padded micro-batch."""
+def _lengths(inputs: dict[str, Any]) -> Lengths:
+    """Of the pairs of a padded micro-batch."""
     masks = inputs["attention_mask"], inputs["completion_mask"]
     total, completion = torch.stack([mask.sum(dim=1) for mask in masks]).cpu().numpy()
     half = len(total) // 2
-    return (total - completion)[:half], completion[:half], completion[half:]
+    return Lengths((total - completion)[:half], completion[:half], completion[half:])
 
 
 def _chosen_tokens(inputs: dict[str, Any]) -> torch.Tensor:

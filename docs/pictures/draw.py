@@ -255,9 +255,9 @@ def training_step() -> Drawing:
         42,
         "plain",
         [
-            ("balance.py", ("the step's pairs, dealt to the", "ranks so that none waits for", "the longest")),
+            ("bins.py", ("the step's pairs, dealt to", "micro-steps and ranks,", "even in tokens")),
             ("data.py", ("rows of the store by position:", "ids and reference sums")),
-            ("TRL's collator", ("the micro-batches of", "this rank")),
+            ("rows.py", ("each micro-batch of this rank:", "one row, each prompt once,", "no padding")),
         ],
     )
     drawing.rect(10, 178, 860, 110, "none", LINE, 8)
@@ -267,10 +267,10 @@ def training_step() -> Drawing:
         188,
         "phase 2",
         [
-            ("packed.py", ("one row, each", "prompt once,", "no padding")),
+            ("packed.py", ("the row, on the", "device; nothing", "is read back")),
             ("model's layers", ("attention over the", "packed row:", "scorer/attention.py")),
             ("head", ("log-probs of the", "completions, in", "tiles (TRL's)")),
-            ("trainer.py", ("TRL's loss; the", "reference sums", "stay float32")),
+            ("trainer.py", ("TRL's loss, its", "metrics as sums", "(metrics.py)")),
             ("backward", ("DeepSpeed ZeRO-2", "sums gradients", "over the ranks")),
         ],
         90,

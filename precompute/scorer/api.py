@@ -8,16 +8,16 @@ from precompute.scorer.attention import (
     PackedRow,
     named_kernel,
     packed_attention,
-    packed_outputs,
     refuse_unpackable,
     refuse_without_kernels,
     row_outputs,
     set_attention,
     use_kernel,
 )
-from precompute.scorer.budget import SHARE, MemoryWatch, free_memory, largest_budget
+from precompute.scorer.budget import MOST, SHARE, MemoryWatch, free_memory, largest_budget
 from precompute.scorer.compiled import advice, compiler_wanted, named_compiler, use_compiled_layers, use_compiler
 from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory, use_fast_linears
+from precompute.scorer.forwards import replaced
 from precompute.scorer.head import head_of
 from precompute.scorer.kernels import library
 from precompute.scorer.model import (

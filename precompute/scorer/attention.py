@@ -484,16 +484,11 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Last hidden states [T, D] of a packed row, on the model's device and in its dtype. The model must attend with `attend` (packed_attention)."""
-    return packed_outputs(model, batch).last_hidden_state[0]
-
-
-def packed_outputs(model: PreTrainedModel, batch: PackedBatch, **options):
-    """What the model's body returns for a packed batch; `options` go to its forward."""
-    return row_outputs(model, PackedRow.of(batch, model.device), **options)
+    return row_outputs(model, PackedRow.of(batch, model.device)).last_hidden_state[0]
 
 
 def row_outputs(model: PreTrainedModel, packed: PackedRow, **options):
-    """The same for a row that is on the model's device already."""
+    """What the model's body returns for a row on its device; `options` go to its forward."""
     row = _row.set(packed.layout)
     try:
         return model.base_model(

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from precompute.scorer.attention import NAME, attend
+from precompute.scorer.forwards import replaced
 from store.errors import InputError
 
 MOST_VARIANTS = 64
@@ -68,12 +69,8 @@ def use_compiled_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 @contextmanager
 def compiled_layers(model: PreTrainedModel):
     """Inside the block the layers are as `use_compiled_layers` makes them; at its end each is its own again."""
-    layers = use_compiled_layers(model)
-    try:
+    with replaced(use_compiled_layers(model)):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own shows again
 
 
 def _forward_of(layer: GradientCheckpointingLayer):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from precompute.scorer.forwards import replaced
+
 MLP_TILE = 256
 """Tokens per core that pass through an MLP together: their intermediate values and a slice of the weights fit a core's L2 cache."""
 
@@ -96,17 +98,14 @@ def _forward_of(layer: torch.nn.Linear):
 @contextmanager
 def fast_on_cpu(model: PreTrainedModel):
     """For scoring: inside the block linear layers and gated MLPs run as described above. At the end the modules have their own forwards again."""
-    replaced: list[torch.nn.Module] = list(use_fast_linears(model))
-    try:
-        for module in model.base_model.modules() if replaced else ():
+    modules = use_fast_linears(model)
+    with replaced(modules):
+        for module in model.base_model.modules() if modules else ():
             layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
             if all(type(layer) is torch.nn.Linear for layer in layers) and "forward" not in vars(module):
                 module.forward = _in_tiles(module.forward)
-                replaced.append(module)
+                modules.append(module)
         yield
-    finally:
-        for module in replaced:
-            del module.forward  # the class's own shows again
 
 
 def _in_tiles(forward):

@@ -15,23 +15,20 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from precompute.scorer import kernels
+from precompute.scorer.forwards import replaced
 
 
 @contextmanager
 def fused_norms(model: PreTrainedModel):
     """Inside the block the norms are as `use_fused_norms` makes them; at its end each is its own again."""
-    replaced = use_fused_norms(model)
-    try:
+    with replaced(use_fused_norms(model)):
         yield
-    finally:
-        for module in replaced:
-            del module.forward  # the class's own shows again
 
 
 def use_fused_norms(model: PreTrainedModel) -> list[torch.nn.Module]:
     """Make one operator, with gradients, of every RMS norm of the model's body that computes what `F.rms_norm` computes; return those. Others
     stay as they are."""
-    replaced: list[torch.nn.Module] = []
+    fused: list[torch.nn.Module] = []
     same: dict[type, bool] = {}
     for module in model.base_model.modules():
         kind = type(module)
@@ -43,8 +40,8 @@ def use_fused_norms(model: PreTrainedModel) -> list[torch.nn.Module]:
             same[kind] = _is_plain(module)
         if same[kind]:
             module.forward = _forward_of(module)
-            replaced.append(module)
-    return replaced
+            fused.append(module)
+    return fused
 
 
 def _epsilon(module: torch.nn.Module) -> Any:
