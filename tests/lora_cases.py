@@ -3,11 +3,9 @@
 torchrun --nproc_per_node N tests/lora_cases.py FOLDER    reads the worlds in FOLDER, writes FOLDER/results-N.json from rank 0
 """
 
-import gc
 import json
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch.distributed
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
 from peft import LoraConfig, PeftModel
+from ranks import run_cases
 from train_setup import DPO_SETTINGS, MAX_LENGTH
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -189,19 +188,6 @@ def case_run() -> dict:
     return {"errors": errors}
 
 
-def main() -> None:
-    results, seconds = {}, {}
-    for name, case in list(globals().items()):
-        if name.startswith("case_"):
-            started = time.time()
-            results[name.removeprefix("case_")] = case()
-            seconds[name] = round(time.time() - started, 1)
-            gc.collect()
-    if RANK == 0:
-        (FOLDER / f"results-{WORLD}.json").write_text(json.dumps(results | {"seconds": seconds}))
-    torch.distributed.barrier()
-
-
 if __name__ == "__main__":
     with leave():
-        main()
+        run_cases(globals(), FOLDER / f"results-{WORLD}.json")

@@ -4,11 +4,9 @@ torchrun --nproc_per_node N tests/packed_cases.py FOLDER         reads the world
 torchrun --nproc_per_node N tests/packed_cases.py FOLDER CASE    that case alone
 """
 
-import gc
 import json
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 import torch.distributed
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
+from ranks import run_cases
 from train_setup import DPO_SETTINGS, MAX_LENGTH
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
@@ -226,19 +225,6 @@ def resume_on_more() -> dict:
     return {"left": sorted(path.name for path in (FOLDER / "one" / "checkpoint-4").iterdir() if "universal" in path.name)}
 
 
-def main() -> None:
-    results, seconds = {}, {}
-    for name, case in list(globals().items()):
-        if name == sys.argv[2] if len(sys.argv) > 2 else name.startswith("case_"):
-            started = time.time()
-            results[name.removeprefix("case_")] = case()
-            seconds[name] = round(time.time() - started, 1)
-            gc.collect()
-    if RANK == 0:
-        (FOLDER / f"results-{'-'.join([str(WORLD), *sys.argv[2:]])}.json").write_text(json.dumps(results | {"seconds": seconds}))
-    torch.distributed.barrier()
-
-
 if __name__ == "__main__":
     with leave():
-        main()
+        run_cases(globals(), FOLDER / f"results-{'-'.join([str(WORLD), *sys.argv[2:]])}.json", *sys.argv[2:])

@@ -1,15 +1,13 @@
 """Micro-batches by tokens: every step's loss, metrics and weights are stock TRL's for the same global batch, however it is divided."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bins_cases import LOSSES, MAX_LENGTH, NUM_PAIRS
+from ranks import launch
 from tiny import SMALL
 from train_setup import make_store, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -54,14 +52,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(folder: Path, world: int, losses: list[str], divided: tuple[int, ...]) -> None:
-    root = Path(__file__).parent.parent
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    env.pop("RANK", None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command += [str(root / "tests" / "bins_cases.py"), str(folder), ",".join(losses), ",".join(map(str, divided))]
-    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+def divide(folder: Path, world: int, losses: list[str], divided: tuple[int, ...]) -> None:
+    launch("bins_cases.py", folder, ",".join(losses), ",".join(map(str, divided)), world=world, timeout=1800)
 
 
 def compare(folder: Path, loss: str, cases: list[tuple[int, int]]) -> None:
@@ -95,14 +87,14 @@ TWO_RANKS = ("sigmoid", "ipo", "sft")
 @pytest.fixture(scope="module")
 def one(folder) -> Path:
     for world, micro_steps in FAST:
-        launch(folder, world, ["sigmoid_norm"], (micro_steps,))
+        divide(folder, world, ["sigmoid_norm"], (micro_steps,))
     return folder
 
 
 @pytest.fixture(scope="module")
 def grid(folder) -> Path:
-    launch(folder, 1, [*LOSSES], (2,))
-    launch(folder, 2, [*TWO_RANKS], (1, 7))
+    divide(folder, 1, [*LOSSES], (2,))
+    divide(folder, 2, [*TWO_RANKS], (1, 7))
     return folder
 
 

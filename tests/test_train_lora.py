@@ -3,14 +3,12 @@
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from ranks import launch
 from test_adapter import make_adapter
 from tiny import make_model
 from train_setup import make_store, make_tokenizer, make_world
@@ -42,16 +40,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[int, dict]:
     """By number of processes."""
-    root = Path(__file__).parent.parent
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    env.pop("RANK", None)
     results = {}
     for world in (2, 1):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        command += [str(root / "tests" / "lora_cases.py"), str(folder)]
-        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=1200)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        results[world] = json.loads((folder / f"results-{world}.json").read_text()) | {"output": done.stdout}
+        output = launch("lora_cases.py", folder, world=world, timeout=1200)
+        results[world] = json.loads((folder / f"results-{world}.json").read_text()) | {"output": output}
     return results
 
 

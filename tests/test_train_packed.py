@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import launch
 from tiny import CONFIGS, EXPERTS, SMALL, make_model
 from train_setup import make_world
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -52,17 +50,11 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[int | str, dict]:
     """By number of processes; the second launch goes on from a checkpoint of the first, and the third, one case, from one of the second."""
-    root = Path(__file__).parent.parent
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    env.pop("RANK", None)
     results = {}
     for world, case in ((2, []), (1, []), (2, ["resume_on_more"])):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        command += [str(root / "tests" / "packed_cases.py"), str(folder), *case]
-        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        output = launch("packed_cases.py", folder, *case, world=world, timeout=600)
         name = "-".join([str(world), *case])
-        results[case[0] if case else world] = json.loads((folder / f"results-{name}.json").read_text()) | {"output": done.stdout}
+        results[case[0] if case else world] = json.loads((folder / f"results-{name}.json").read_text()) | {"output": output}
     return results
 
 

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import launch
 from tiny import make_model
 from train_setup import make_rows, make_store, make_tokenizer, make_world, token_logps
 from transformers import AutoModelForCausalLM
@@ -34,34 +32,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict:
-    root = Path(__file__).parent.parent
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(root),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    env["MALLOC_MMAP_THRESHOLD_"] = (
-        "65536"  # freed tensors go back to the system at once: the memory case measures what is resident
-    )
-    env.pop("RANK", None)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-    ]
-    done = subprocess.run(
-        [*command, str(root / "tests" / "zero2_cases.py"), str(folder)],
-        env=env,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text()) | {"output": done.stdout}
+    # Freed tensors go back to the system at once: the memory case measures what is resident.
+    output = launch("zero2_cases.py", folder, world=2, timeout=600, MALLOC_MMAP_THRESHOLD_="65536")
+    return json.loads((folder / "results.json").read_text()) | {"output": output}
 
 
 def test_it_is_zero_2_on_two_processes(results):

@@ -7,9 +7,7 @@ import copy
 import gc
 import json
 import re
-import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 import torch.distributed
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
+from ranks import run_cases
 from tiny import SMALL
 from train_setup import DPO_SETTINGS, MAX_LENGTH
 from transformers import (
@@ -293,21 +292,6 @@ def models_alive() -> int:
     return sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects())
 
 
-def main() -> None:
-    results, seconds = {}, {}
-    for name, case in list(globals().items()):
-        if name.startswith("case_"):
-            started = time.time()
-            results[name.removeprefix("case_")] = case()
-            seconds[name] = round(time.time() - started, 1)
-            gc.collect()
-    if torch.distributed.get_rank() == 0:
-        staged = FOLDER / "results.tmp"
-        staged.write_text(json.dumps(results | {"seconds": seconds}))
-        shutil.move(staged, FOLDER / "results.json")
-    torch.distributed.barrier()
-
-
 if __name__ == "__main__":
     with leave():
-        main()
+        run_cases(globals(), FOLDER / "results.json")
