@@ -4,7 +4,7 @@ Which pairs share an optimizer step is the plain seeded shuffle, as for micro-ba
 the same number of micro-steps M, for DeepSpeed asks for it: the least with which no bin of the run has more tokens than the budget.
 
     shuffled   [ 9 1 8 2 7 3 6 4 ]      one step, 2 ranks, budget 12
-    dealt      [ 9 1 | 8 2 ] [ 6 4 | 7 3 ]   M = 2 micro-steps: 10 against 10, twice
+    dealt      [ 9 1 | 8 2 ] [ 7 3 | 6 4 ]   M = 2 micro-steps: 10 against 10, twice
 
 The gradient of the step is the mean over its N pairs. A bin's loss is a mean over its own n; DeepSpeed takes the mean over ranks and the Trainer
 over micro-steps: times n x M x ranks / N it adds up. A step with fewer pairs than bins fills the empty ones with a pair of weight 0, as every

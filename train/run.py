@@ -15,10 +15,11 @@ import shlex
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from trl import DPOConfig
 
 import devices
 from launch import Process, launched
-from precompute.scorer.adapter import adapter_of
+from precompute.scorer.adapter import Adapter, adapter_of
 from precompute.scorer.api import (
     attention_notice,
     load_base,
@@ -52,17 +53,20 @@ from train import card, gate, hub, lora, record
 from train.balance import Shape, imbalance, shuffled
 from train.checkpoint import remove_cut_short, state_of
 from train.config import TrainConfig, beta_notice
-from train.data import dataset_of, lengths_of
+from train.data import Lengths, dataset_of, lengths_of
 from train.interrupt import CheckpointAndStop, anyone_told, evaluation_is_due
 from train.memory import MemoryPlan, choose, explained, measure
 from train.outlook import describe, outlook
-from train.plan import plan, refuse_folder
+from train.plan import Plan, plan, refuse_folder
 from train.progress import ProgressLines
 from train.record import TrainResult
 from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, write_whole
 from train.self_test import self_test_policy
 from train.speed import PHASES
 from train.trainer import LogLastStep, StoreDPOTrainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 
 def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
@@ -153,40 +157,18 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     )
     say(gate.notice(report, store, policy.name) if report.different else f"gate: {report}")
 
-    trained = model.requires_grad_(True)
-    if kind is not None:
-        given = {"dtype": policy.dtype, "attn_implementation": config.attn_implementation}
+    if kind is None:
+        trained = model.requires_grad_(True)
+    else:
         if adapter is not None or config.load_in_4bit:
-            del model, trained  # all bits, and the adapter merged; the gate has seen it
-        if config.load_in_4bit:
-            model = load_in_4bit(policy.name, revision=policy.revision, device=args.device, **given)
-        elif adapter is not None:
-            model = load_base(adapter, **given).to(args.device)
-        trained = lora.fresh(model, kind, seed=config.seed) if adapter is None else lora.going_on(model, adapter)
-        if adapter is None:
-            say("gate: the fresh adapter adds nothing to it yet")
-        if adapter is not None or config.load_in_4bit:
-            start = gate.check_start(
-                trained.get_base_model().eval(),
-                store,
-                "in 4 bits" if config.load_in_4bit else "the adapter beside its base",
-                seed=config.seed,
-                may_differ=config.load_in_4bit or config.allow_different_policy,
-            )
-            say(f"gate: {start}")
+            model = None  # all bits, and the adapter merged: the gate has seen it, and its memory is free before the next is loaded
+        trained = _with_adapter(config, model, planned, adapter, kind, args.device, say)
         course["lora"] = lora.described(trained)
         say(lora.notice(course["lora"]))
-
     memory_plan = None
     if config.tokens_per_batch == "auto" and where.type == "cuda":
-        tokens = lengths.packed
-        memory_plan = choose(
-            measure(trained if kind is None else trained.get_base_model(), args, config.zero_config, world=process.world),
-            longest=int(tokens.max(initial=0)),
-            most_useful=math.ceil(tokens.mean() * planned.batch / process.world),
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-        args.activation_checkpointing = args.gradient_checkpointing = memory_plan.gradient_checkpointing
+        base = trained if kind is None else trained.get_base_model()
+        memory_plan = _memory_plan(config, base, planned, lengths, args, process.world)
         course["memory"] = memory_plan.to_json()
         say(str(memory_plan))
     interrupt = CheckpointAndStop(stop)
@@ -204,18 +186,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     if trainer.without_dropout:
         say(f"without dropout, as the reference was scored: the checkpoint's {', '.join(trainer.without_dropout)} are not used")
     if first:
-        shape = Shape(config.per_device_train_batch_size or 1, process.world, planned.accumulation or 1)
-        before = shuffled(len(pairs), config.seed, epoch=0) if config.order_by is None else np.arange(len(pairs))
-        if trainer.bins is not None:
-            after = trainer.bins.imbalance()
-            course["micro_steps"] = {"tokens_per_batch": trainer.bins.budget, "per_step": trainer.bins.num_micro_steps}
-        else:
-            after = imbalance(np.array(list(trainer.get_train_sampler())), lengths.packed, shape)
-        seen = outlook(lengths, before, after, shape)
-        course["outlook"] = asdict(seen)
-        say(describe(seen, config.layout, process.world))
-        if trainer.bins is not None:
-            say(trainer.bins.describe())
+        _look_ahead(config, trainer, planned, lengths, process.world, say)
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it shorter; run.json has all of it
     _leave_if_told(stop, args.device, config, first)
     if first:
@@ -273,6 +244,75 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     if first and config.push_to_hub:
         say(f"pushed to {hub.send(config.output_dir, config.hub_model_id)}")
     return result
+
+
+def _with_adapter(
+    config: TrainConfig,
+    model: PreTrainedModel | None,
+    planned: Plan,
+    adapter: Adapter | None,
+    kind: "LoraConfig",
+    device: torch.device,
+    say: Callable[[object], None],
+) -> "PeftModel":
+    """The policy that LoRA trains: `model` with a fresh adapter of this kind. None: loaded for it, in 4 bits or as the base of `adapter`, which
+    the gate then looks at too."""
+    policy, loaded = planned.policy, model is None
+    if loaded:
+        given = {"dtype": policy.dtype, "attn_implementation": config.attn_implementation}
+        if config.load_in_4bit:
+            model = load_in_4bit(policy.name, revision=policy.revision, device=device, **given)
+        else:
+            model = load_base(adapter, **given).to(device)
+    trained = lora.fresh(model, kind, seed=config.seed) if adapter is None else lora.going_on(model, adapter)
+    if adapter is None:
+        say("gate: the fresh adapter adds nothing to it yet")
+    if loaded:
+        start = gate.check_start(
+            trained.get_base_model().eval(),
+            planned.store,
+            "in 4 bits" if config.load_in_4bit else "the adapter beside its base",
+            seed=config.seed,
+            may_differ=config.load_in_4bit or config.allow_different_policy,
+        )
+        say(f"gate: {start}")
+    return trained
+
+
+def _memory_plan(
+    config: TrainConfig, model: PreTrainedModel, planned: Plan, lengths: Lengths, args: DPOConfig, world: int
+) -> MemoryPlan:
+    """What `--tokens-per-batch auto` chooses on this device, set in `args` too."""
+    chosen = choose(
+        measure(model, args, config.zero_config, world=world),
+        longest=int(lengths.packed.max(initial=0)),
+        most_useful=math.ceil(lengths.packed.mean() * planned.batch / world),
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    args.activation_checkpointing = args.gradient_checkpointing = chosen.gradient_checkpointing
+    return chosen
+
+
+def _look_ahead(
+    config: TrainConfig, trainer: StoreDPOTrainer, planned: Plan, lengths: Lengths, world: int, say: Callable[[object], None]
+) -> None:
+    """What the layout and the dealing of pairs save, told and put into the record."""
+    num_pairs = len(lengths.packed)
+    shape = Shape(config.per_device_train_batch_size or 1, world, planned.accumulation or 1)
+    before = shuffled(num_pairs, config.seed, epoch=0) if config.order_by is None else np.arange(num_pairs)
+    if trainer.bins is not None:
+        after = trainer.bins.imbalance()
+        planned.course["micro_steps"] = {
+            "tokens_per_batch": trainer.bins.budget,
+            "per_step": trainer.bins.num_micro_steps,
+        }
+    else:
+        after = imbalance(np.array(list(trainer.get_train_sampler())), lengths.packed, shape)
+    seen = outlook(lengths, before, after, shape)
+    planned.course["outlook"] = asdict(seen)
+    say(describe(seen, config.layout, world))
+    if trainer.bins is not None:
+        say(trainer.bins.describe())
 
 
 DEFAULT_TOKENS = 16384
