@@ -26,7 +26,7 @@ from presets import PRESETS
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = ("walkthrough.md", "extending.md")
-MARKDOWN = sorted({*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")})
+MARKDOWN = sorted({*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *(ROOT / "docs").rglob("*.md")})
 """Every page; not those inside of stores and runs."""
 
 
