@@ -152,6 +152,8 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "versions": versions(),
     }
     progress = Progress(config.ref_store, identity, process, config.show)
+    if says and progress.nothing_to_score and len(before) < identity.num_shards:
+        print(f"{config.ref_store}: scored by other workers meanwhile, sealing", file=sys.stderr)
     costs = shard_costs(rows, identity.shard_size, identity.max_length)
     missing = claiming_order(costs, missing_shards(config.ref_store, identity), *place_among_all(process))
     claims: list[Claim] = []

@@ -110,6 +110,11 @@ def test_a_worker_that_comes_late_says_what_was_there_before_the_others(world, m
     output = call(folder, code=0)
     assert "store: 2 of 3 rows are done, going on\n" in output
     assert "store: sealed by other workers, nothing to score\n" in output
+    missing.pop(0).unlink()  # and where they have not sealed it yet
+    (folder / "store" / part_name(1)).rename(folder / part_name(1))
+    output = call(folder, code=0)
+    assert "store: 2 of 3 rows are done, going on\n" in output
+    assert "store: scored by other workers meanwhile, sealing\n" in output and "scored 3/3" not in output
 
 
 def test_stamp_is_of_the_files_with_weights_alone(tmp_path, tiny_llama):
