@@ -145,9 +145,10 @@ def _one_pass(predicting: torch.Tensor, head: torch.nn.Linear, after: Head, targ
     temperature, others = 1.0, ()
     num_slices = math.ceil(len(head.weight) / GPU_ENTRIES)
     num_entries = math.ceil(len(head.weight) / num_slices)
-    return ChunkedLogProbFunction.apply(
-        predicting, head.weight, head.bias, targets, temperature, num_entries, after.softcap, after.scale, others
-    )[0]
+    with torch.cuda.device(predicting.device):  # Triton launches on the current device, whichever the tensors lie on
+        return ChunkedLogProbFunction.apply(
+            predicting, head.weight, head.bias, targets, temperature, num_entries, after.softcap, after.scale, others
+        )[0]
 
 
 def _padded_batches(sequences: list[Sequence], tokens_per_batch: int) -> Iterator[list[int]]:

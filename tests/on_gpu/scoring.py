@@ -15,7 +15,7 @@ from test_attention_cuda import gradients
 from test_scoring import pairs
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config
 
-from precompute.scorer import budget
+from precompute.scorer import attention, budget
 from precompute.scorer.attention import packed_attention, packed_hidden
 from precompute.scorer.model import weights_sha256
 from precompute.scorer.norms import fused_norms
@@ -98,6 +98,29 @@ def test_each_layer_is_one_call_of_flash_attention_in_its_dtypes(dtype):
     num_batches = len(list(pack(pairs(seed=5), TOKENS_PER_BATCH)))
     score(model, pairs(seed=5), layout="packed", tokens_per_batch=TOKENS_PER_BATCH)
     assert calls["forward"] - before == (0 if dtype == "float32" else num_batches * model.config.num_hidden_layers)
+
+
+@counted
+def test_kernels_that_launch_on_the_current_device_find_it_right(monkeypatch):
+    """Triton's and other packages', of a worker whose GPU is not number 0 and was never made the current one."""
+    from trl.kernels import chunked_logprob
+
+    seen = []
+
+    def recording(function, device_of):
+        def run(*arguments, **options):
+            seen.append((function.__name__, torch.cuda.current_device(), device_of(arguments).index))
+            return function(*arguments, **options)
+
+        return run
+
+    head = recording(chunked_logprob._forward_tile, lambda arguments: arguments[0].device)
+    monkeypatch.setattr(chunked_logprob, "_forward_tile", head)
+    monkeypatch.setattr(attention, "_varlen", recording(attention._varlen, lambda arguments: arguments[0].device))
+    score(on_gpu("olmo3", "bfloat16"), pairs(seed=5), layout="packed", tokens_per_batch=TOKENS_PER_BATCH)
+    assert {name for name, *_ in seen} == {"_forward_tile", "_varlen"}
+    assert all(current == device == DEVICE.index for _, current, device in seen)
+    assert torch.cuda.current_device() == 0
 
 
 @counted
