@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,9 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 STOP_TRAINING = (*SIGNALS, signal.SIGINT, signal.SIGHUP)
 
+LONGEST_NAP_S = 0.1
+"""A sleeping process looks that often whether it was told to stop."""
+
 
 class Stopped(RefdpoError):
     """Ended early because it was told to. What is finished is kept."""
@@ -30,12 +34,13 @@ class Stopped(RefdpoError):
 
 
 class StopRequest:
-    """Whether this process was told to stop, and how soon."""
+    """Whether this process was told to stop, and how soon. Plain values, no threading.Event: a handler that sets one while the same thread
+    is about to wait for it waits for ever."""
 
     def __init__(self):
         self._first: signal.Signals | None = None
-        self._now = threading.Event()
-        self._any = threading.Event()
+        self.now = False
+        """Drop what is at hand."""
         self.interrupted = False
         """Ctrl-C was heard."""
         self.insisted = False
@@ -44,24 +49,21 @@ class StopRequest:
     def hear(self, number: int, frame: object = None) -> None:
         """A signal handler."""
         self._first = self._first or signal.Signals(number)
-        self.interrupted |= number == signal.SIGINT
-        self._any.set()
+        if number == signal.SIGINT:
+            self.interrupted = True
         if number == signal.SIGTERM:
-            self._now.set()
+            self.now = True
 
     @property
     def soon(self) -> bool:
         """Begin nothing new."""
-        return self._any.is_set()
-
-    @property
-    def now(self) -> bool:
-        """Drop what is at hand."""
-        return self._now.is_set()
+        return self._first is not None
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than until the first signal."""
-        self._any.wait(seconds)
+        """Sleep, but hardly longer than until the first signal."""
+        end = time.monotonic() + seconds
+        while not self.soon and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, LONGEST_NAP_S))
 
     def error(self, what: str, where: object, *more: str) -> Stopped:
         """What to raise once everything is put down; `more` are the options that the same command needs to go on."""
