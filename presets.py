@@ -45,11 +45,11 @@ class Preset:
     """One line, printed when a run starts: what the user may not expect."""
 
 
-_NOT_AI2 = "{name} is not the run that AI2 made: that one has {theirs}, and scores all assistant turns: {name}-ai2, docs/olmo3.md"
+_NOT_AI2 = "{name} is not the run that AI2 made: that one has {theirs}: {name}-ai2, docs/olmo3.md"
 
 _AI2 = (
-    "{name} differs from AI2's run: assistant turns that both sides share are not scored; nothing is clipped, as in AI2's newer code, where "
-    "accelerate's default clipped at 1.0 (--max-grad-norm 1): docs/olmo3.md"
+    "{name} differs from AI2's run: what counts is all behind the common prompt, there the last turn, nearly always the same tokens; "
+    "nothing is clipped, as in AI2's newer code, where accelerate's default clipped at 1.0 (--max-grad-norm 1): docs/olmo3.md"
 )
 
 PRESETS = {

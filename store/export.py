@@ -132,8 +132,8 @@ def _check_options(format: str, loss_type: str | None, metadata: dict | None, ac
 
 OTHER_TOKENS = {
     "open-instruct": (
-        "open-instruct scores every assistant turn, the store only what follows the common prompt: the same for single-turn pairs,"
-        " for others the sums differ by the shared turns, which cancel between the sides only without dpo_norm"
+        "open-instruct scores each side's last turn (before 2025-06-26 every assistant turn), the store all that follows the common prompt: the same"
+        " where the sides differ in their last turn alone, but for a token where an answer begins with a line break"
     ),
     "megatron-bridge": (
         "Megatron-Bridge also scores the header of the assistant turn, ends at the end-of-turn token and skips pairs longer than its length: with"
