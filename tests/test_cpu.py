@@ -82,7 +82,9 @@ def test_other_dtypes_keep_pytorchs_own_product(capability):
 def test_freed_memory_is_used_again_without_page_faults_until_it_is_given_back():
     """In a process of its own, for it is for good: page faults of blocks of 64 MB, written, freed and allocated again."""
     program = """
-import platform, resource, sys, torch
+import ctypes, platform, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages come only where there is enough free memory in one piece
+import torch
 from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory
 if platform.libc_ver()[0] != "glibc": sys.exit(77)
 def faults():
@@ -103,7 +105,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         pytest.skip("not glibc")
     as_it_is, kept, given_back = map(int, done.stdout.split())
     pages = (64 << 20) // resource.getpagesize()
-    assert min(as_it_is, given_back) > pages // 600 and kept < as_it_is // 10, done.stdout  # huge pages may make 512 times fewer
+    assert min(as_it_is, given_back) > 0.9 * pages and kept < as_it_is // 10, done.stdout
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (1, 4, 3)])

@@ -21,7 +21,7 @@ def sequence_lists(draw):
     return sequences
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sequence_lists(), st.integers(1, 120))
 def test_every_score_sees_exactly_its_own_context(sequences, budget):
     """Following branches back from a predictor must give the sequence's own prefix, and the target its next token."""

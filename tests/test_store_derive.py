@@ -50,7 +50,7 @@ def random_ids(numbers: np.random.Generator, n: int) -> list[int]:
     return numbers.integers(0, 2**31, n).tolist()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(pairs(), st.integers(1, 4))
 def test_pairs_survive_the_disk(rows, shard_size):
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -91,13 +91,13 @@ def check_derived(table: pa.Table, max_length: int, ld_alpha: float | None) -> N
             assert got[f"ref_{side}_logps"] == pytest.approx(float(logps @ weights), rel=1e-12, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), st.integers(2, MAX_LENGTH + 3), st.one_of(st.none(), st.floats(0, 1)))
 def test_derive_is_the_definition(rows, max_length, ld_alpha):
     check_derived(pa.Table.from_pylist(rows, schema=SCHEMA), max_length, ld_alpha)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(pairs(), st.integers(2, MAX_LENGTH), st.integers(2, MAX_LENGTH))
 def test_derive_in_two_steps_is_derive_in_one(rows, longer, shorter):
     shorter, longer = sorted((longer, shorter))

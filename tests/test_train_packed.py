@@ -247,7 +247,7 @@ shapes = st.builds(Shape, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4
 
 
 @given(st.data(), shapes, st.integers(0, 5), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_global_batch_is_that_of_the_shuffle(data, shape, epoch, whole):
     """The same set of pairs in each, whatever the shape with that many pairs; and the same again for the same seed."""
     num_pairs = data.draw(st.integers(1, 5 * shape.pairs))
@@ -268,7 +268,7 @@ def test_every_global_batch_is_that_of_the_shuffle(data, shape, epoch, whole):
 
 
 @given(shapes, st.integers(0, 100))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_dealing_wastes_no_more_than_a_hand_in_the_worst_step(shape, seed):
     """In a micro-step the fullest rank holds at most its mean and the largest pair; on the whole it is better than the shuffle."""
     rng = np.random.default_rng(seed)
