@@ -54,6 +54,10 @@ SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 MinJobAge=3600
 KillWait=5
 InactiveLimit=0
+# A busy machine answers late; Slurm's own limits (10, 2, 10 seconds) would take that for a failure.
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=300
 ReturnToService=2
 JobRequeue=1
 {nodes}
@@ -77,7 +81,7 @@ class Slurm:
             env=self.env | more.pop("env", {}),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             **more,
         )
         assert not check or done.returncode == 0, f"{argv}\n{done.stdout}{done.stderr}"
@@ -95,7 +99,7 @@ class Slurm:
     def states(self, job: str) -> dict[str, str]:
         return {name: fields["JobState"] for name, fields in self.jobs(job).items()}
 
-    def wait(self, job: str, states: set[str], timeout: float = 120) -> dict[str, str]:
+    def wait(self, job: str, states: set[str], timeout: float = 1200) -> dict[str, str]:
         """Wait until every task of `job` is in one of `states`; TimeoutError, with the daemons' logs, otherwise."""
         deadline = time.monotonic() + timeout
         while not set((now := self.states(job)).values()) <= states:
@@ -191,7 +195,7 @@ def _start(folder: Path, env: dict[str, str], *argv: str) -> subprocess.Popen:
         return subprocess.Popen(argv, env=env, stdout=log, stderr=log)
 
 
-def _wait_for(ready, slurm: Slurm, timeout: float = 40) -> None:
+def _wait_for(ready, slurm: Slurm, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not ready():
         if time.monotonic() > deadline:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 from click.testing import CliRunner
+from held import shard_held
 from one_rank import one_rank
 from store_samples import make_identity
 
@@ -131,7 +132,7 @@ SAY = "import sys; from store.command import again; print(again('--resume'))"
 def said(*words: str, cwd: Path, **environ: str) -> list[str]:
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "REFDPO_"))}
     keep["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(words, check=True, cwd=cwd, env=keep | environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, check=True, cwd=cwd, env=keep | environ, capture_output=True, text=True, timeout=1200)
     return shlex.split(done.stdout.strip().splitlines()[-1])
 
 
@@ -147,7 +148,7 @@ def test_the_command_is_what_was_typed_whatever_started_it(tmp_path):
         ([python, "cli.py", *words], {}),
         ([python, "-X", "dev", "cli.py", *words], {}),
         ([python, "outer.py", *words], {}),
-        (["timeout", "200", python, "cli.py", *words], {}),
+        (["timeout", "1200", python, "cli.py", *words], {}),
         ([torchrun, "--standalone", "--nproc-per-node=1", "cli.py", *words], {}),
         (
             [torchrun, "--standalone", "--nproc-per-node=1", "cli.py", *words],
@@ -210,7 +211,7 @@ def folder(tmp_path_factory) -> Path:
 
 def follow(line: str, cwd: Path) -> subprocess.CompletedProcess:
     """A printed line in a shell, as a person pastes it."""
-    return subprocess.run(["bash", "-c", line], check=False, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(["bash", "-c", line], check=False, cwd=cwd, capture_output=True, text=True, timeout=1200)
 
 
 @contextlib.contextmanager
@@ -233,12 +234,15 @@ def test_every_printed_command_goes_on_to_the_store_that_was_begun(folder, tiny_
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     for number in (signal.SIGINT, signal.SIGTERM):
         already = len(list(store.glob("*.parquet")))
-        run = subprocess.Popen(words, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while len(list(store.glob("*.parquet"))) == already:
-            assert run.poll() is None, run.communicate()[1]
-            time.sleep(0.005)
-        run.send_signal(number)
-        _, err = run.communicate(timeout=120)
+        with shard_held(store, 23), contextlib.ExitStack() as also:
+            if number == signal.SIGINT:
+                also.enter_context(shard_held(store, 22))  # left for the next one to score
+            run = subprocess.Popen(words, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while len(list(store.glob("*.parquet"))) == already:
+                assert run.poll() is None, run.communicate()[1]
+                time.sleep(0.005)
+            run.send_signal(number)
+            _, err = run.communicate(timeout=600)
         assert run.returncode == 75 and err.count("Error:") == 1 and "Traceback" not in err, err
         printed = re.search(r"Run the same command again to go on: (.*)$", err, re.MULTILINE)[1]
         assert shlex.split(printed) == words

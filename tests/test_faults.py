@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 from click.testing import CliRunner
+from held import shard_held
 from store_samples import PROVENANCE, make_identity, make_shard, make_store, memory_folder
 
 import cli
@@ -377,12 +378,13 @@ def test_a_worker_told_to_stop_releases_its_claims_and_says_how_to_go_on(tmp_pat
     ]
     argv = [sys.executable, ROOT / "cli.py", "precompute", *argv, "--ref-store", tmp_path / "store", "--num-workers", 2]
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    run = subprocess.Popen([str(word) for word in argv], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "store").glob("*.parquet")):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.01)
-    run.send_signal(number)
-    _, err = run.communicate(timeout=60)
+    with shard_held(tmp_path / "store", 0):
+        run = subprocess.Popen([str(word) for word in argv], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not list((tmp_path / "store").glob("*.parquet")):
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.01)
+        run.send_signal(number)
+        _, err = run.communicate(timeout=600)
     assert run.returncode == 75, err
     assert f"stopped by {number.name}" in err and "Run the same command again" in err and "Traceback" not in err
     staging = tmp_path / "store" / disk.STAGING

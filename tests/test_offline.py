@@ -56,7 +56,7 @@ def test_hub_ids_are_found_in_the_cache(tiny_llama, tmp_path):
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_HUB_CACHE")
     }
     environ |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0 and "card" not in done.stderr, done.stderr
     store = open_store(tmp_path / "store", check="sha256")
     assert (store.num_pairs, store.identity.dataset, store.identity.model) == (3, "acme/prefs", "acme/tiny")
@@ -66,7 +66,7 @@ def test_hub_ids_are_found_in_the_cache(tiny_llama, tmp_path):
     for name, message in ((("acme/prefs"), "holds no dataset"), ("acme/other", "hf download --repo-type dataset")):
         code = f"from precompute.dataset import load_rows; load_rows({name!r}, split='train')"
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False
         )
         assert message in done.stderr.splitlines()[-1], done.stderr
 

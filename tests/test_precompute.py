@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from held import shard_held
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import cli
@@ -132,19 +133,20 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
     """SIGKILL the whole group of two workers half-way, then go on with three: nothing is lost, nothing differs."""
     store = tmp_path / "killed"
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    victim = subprocess.Popen(
-        command(rows, tiny_olmo3, store, "--num-workers", "2"),
-        env=env | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 600
-    while len(list(store.glob("*.parquet"))) < 5:
-        assert victim.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
+    with shard_held(store, 11):
+        victim = subprocess.Popen(
+            command(rows, tiny_olmo3, store, "--num-workers", "2"),
+            env=env | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 600
+        while len(list(store.glob("*.parquet"))) < 5:
+            assert victim.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(victim.pid, signal.SIGKILL)
+        victim.wait()
     done = len(shard_bytes(store))
     assert 5 <= done < 18 and not (store / "_manifest.json").exists()
     _, err = finish(start(command(rows, tiny_olmo3, store, "--num-workers", "3")))
@@ -156,12 +158,15 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
 def test_a_worker_killed_among_others_is_replaced(one_worker, rows, tiny_olmo3, tmp_path):
     """Two workers of a launcher, one of them killed: the survivor takes over its shard and seals."""
     store = tmp_path / "survivor"
-    workers = [start(command(rows, tiny_olmo3, store), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
-    while not list(store.glob("*.parquet")):
-        assert workers[1].poll() is None
-        time.sleep(0.002)
-    workers[1].kill()
-    finish(workers[1], code=-signal.SIGKILL)
+    with shard_held(store, 11):
+        workers = [
+            start(command(rows, tiny_olmo3, store), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)
+        ]
+        while not list(store.glob("*.parquet")):
+            assert workers[1].poll() is None
+            time.sleep(0.002)
+        workers[1].kill()
+        finish(workers[1], code=-signal.SIGKILL)
     finish(workers[0])
     assert shard_bytes(store) == shard_bytes(one_worker)
     assert (store / "_manifest.json").exists()

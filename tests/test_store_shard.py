@@ -11,12 +11,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from held import shard_held
 from store_samples import PROVENANCE, make_identity, make_shard, make_store, memory_folder
 
 from store import disk
@@ -357,8 +357,8 @@ def test_workers_may_seal_at_once(tmp_path):
 # --- kill -9
 
 
-def make_and_die(path: Path, event: int) -> None:
-    """Make a whole store, but be killed at the `event`-th file operation inside it."""
+def die_at(path: Path, event: int) -> None:
+    """From here on this process is killed at its `event`-th file operation inside `path`."""
     operations = {"open", "os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.scandir"}
     seen = 0
 
@@ -370,6 +370,11 @@ def make_and_die(path: Path, event: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+
+
+def make_and_die(path: Path, event: int) -> None:
+    """Make a whole store, but be killed on the way."""
+    die_at(path, event)
     make_store(path, num_rows=8)
 
 
@@ -428,29 +433,28 @@ def work(path: Path, identity) -> None:
     seal(path, identity, {}, "demo")
 
 
+def work_and_die(path: Path, identity, event: int) -> None:
+    die_at(path, event)
+    work(path, identity)
+
+
 def test_killed_at_random_while_others_work(tmp_path):
+    """Two of three, wherever the others are then. The third is spared and must finish, alone if need be."""
     identity = make_identity(num_rows=120, max_length=400)
-    started = time.monotonic()
     work(tmp_path / "whole", identity)
-    alone = time.monotonic() - started  # seconds; kills are timed by it, a fast machine must not finish before they come
     chance = random.Random(0)
-    kills = rounds = 0
-    while kills < 6:
-        rounds += 1
-        assert rounds <= 30, f"only {kills} workers were alive when they were killed"
-        path = tmp_path / str(rounds)
-        workers = [processes.Process(target=work, args=(path, identity)) for _ in range(3)]
-        for worker in workers:
-            worker.start()
-        while any(worker.is_alive() for worker in workers[1:]):  # the first is spared and must finish alone if need be
-            time.sleep(chance.uniform(0, alone / 2))
-            victim = chance.choice(workers[1:])
-            if victim.is_alive():
-                victim.kill()
+    for round in range(5):
+        path = tmp_path / str(round)
+        with shard_held(path, chance.randrange(identity.num_shards)):  # till both are dead there is something left to ask for
+            spared = processes.Process(target=work, args=(path, identity))
+            victims = [processes.Process(target=work_and_die, args=(path, identity, chance.randrange(1, 150))) for _ in range(2)]
+            for worker in (*victims, spared):
+                worker.start()
+            for victim in victims:
                 victim.join()
-                kills += victim.exitcode == -signal.SIGKILL
-        workers[0].join()
-        assert workers[0].exitcode == 0
+                assert victim.exitcode == -signal.SIGKILL
+        spared.join()
+        assert spared.exitcode == 0
         assert contents(path) == contents(tmp_path / "whole") and verify(path) == []
 
 

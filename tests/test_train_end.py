@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from held import HELD, held_training
 from one_rank import one_rank
 from train_setup import make_world
 
@@ -84,26 +84,28 @@ def command_of(folder: Path, *more: str, ranks: int = 1, epochs: int = 2) -> lis
     return [str(word) for word in words]
 
 
-def train(folder: Path, *more: str, **changes: int) -> subprocess.Popen:
+def train(folder: Path, held_until: str, **changes: int) -> subprocess.Popen:
     # As from a terminal: a shell's background job would ignore Ctrl-C.
-    command = ["env", "--default-signal=INT", sys.executable, str(ROOT / "cli.py"), *command_of(folder, *more, **changes)]
-    return subprocess.Popen(command, env=ENVIRON, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ["env", "--default-signal=INT", sys.executable, str(ROOT / "cli.py"), *command_of(folder, **changes)]
+    environ = ENVIRON | held_training(held_until)
+    return subprocess.Popen(command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_told_to_stop_it_writes_a_checkpoint_and_the_command_that_it_prints_goes_on(folder, number):
-    run = train(folder)
+    run = train(folder, held_until="told")
     for line in run.stdout:
         if line.startswith("step 2/"):
             run.send_signal(number)
             break
-    output = run.communicate(timeout=300)[0]
+    output = run.communicate(timeout=600)[0]
     assert run.returncode == 75, output
     (error,) = (line for line in output.splitlines() if line.startswith("Error:"))
     assert "accumulation steps mismatch" not in output  # accelerate's, which is false
     assert "Traceback" not in output and f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: a checkpoint" in error
     assert record.read(folder / "run")["status"] == "stopped"
     stopped_at = int(error.split("at step ")[1].split()[0])
+    assert stopped_at == 3
     command = error.split(" to go on: ")[1]
     again = subprocess.run(command, shell=True, env=ENVIRON, cwd=ROOT, check=False, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -119,12 +121,12 @@ def test_told_to_stop_it_writes_a_checkpoint_and_the_command_that_it_prints_goes
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process_behind(folder):
-    run = train(folder, ranks=2, epochs=500)
+    run = train(folder, held_until="killed", ranks=2)
     for line in run.stdout:
         if line.startswith("step 2/"):
+            os.kill(run.pid, signal.SIGINT)
+        if line.startswith(HELD):  # the first was heard: two at the same instant are one to the kernel
+            os.kill(run.pid, signal.SIGINT)
             break
-    os.kill(run.pid, signal.SIGINT)
-    time.sleep(0.2)  # two at the same instant are one to the kernel
-    os.kill(run.pid, signal.SIGINT)
-    output = run.communicate(timeout=60)[0]  # until everyone who holds the pipe is gone
+    output = run.communicate(timeout=600)[0]  # until everyone who holds the pipe is gone
     assert run.returncode == 75 and "ended at once by a second Ctrl-C" in output and "--resume-or-start" in output, output
