@@ -37,6 +37,8 @@ class Preset:
     gradient_checkpointing: bool = True
     max_grad_norm: float = 1.0
     """0: gradients are not clipped."""
+    score_turns: str = "completion"
+    """As precompute has it."""
     chat_template_sha256: str | None = None
     """Of the text of the template that --chat-template must give; None: the tokenizer's own, or any."""
     chat_template_source: str = ""
@@ -47,10 +49,7 @@ class Preset:
 
 _NOT_AI2 = "{name} is not the run that AI2 made: that one has {theirs}: {name}-ai2, docs/olmo3.md"
 
-_AI2 = (
-    "{name} differs from AI2's run: what counts is all behind the common prompt, there the last turn, nearly always the same tokens; "
-    "nothing is clipped, as in AI2's newer code, where accelerate's default clipped at 1.0 (--max-grad-norm 1): docs/olmo3.md"
-)
+_AI2 = "{name} differs from AI2's run: nothing is clipped, as in AI2's newer code, where accelerate's default clipped at 1.0 (--max-grad-norm 1): docs/olmo3.md"
 
 PRESETS = {
     preset.name: preset
@@ -99,6 +98,7 @@ PRESETS = {
             max_grad_norm=0.0,
             chat_template_sha256="6d549883b5ed12879e191845c256a30c7dfd4eced0a4f160060a3ea0199d9e3a",
             chat_template_source="`olmo_thinker` in open_instruct/dataset_transformation.py of allenai/open-instruct at commit 68da0a1",
+            score_turns="last",
             note=_AI2.format(name="think-ai2"),
         ),
         Preset(
@@ -109,6 +109,7 @@ PRESETS = {
             max_length=16384,
             dtype="bfloat16",
             max_grad_norm=0.0,
+            score_turns="last",
             note=_AI2.format(name="instruct-ai2"),
         ),
         Preset(
@@ -120,6 +121,7 @@ PRESETS = {
             dtype="bfloat16",
             learning_rate=7e-8,
             max_grad_norm=0.0,
+            score_turns="last",
             note=_AI2.format(name="think-32b"),
         ),
         Preset(
@@ -130,6 +132,7 @@ PRESETS = {
             max_length=8192,
             dtype="bfloat16",
             max_grad_norm=0.0,
+            score_turns="last",
             note=_AI2.format(name="instruct-32b"),
         ),
     )

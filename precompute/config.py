@@ -9,7 +9,7 @@ from default_store import default_histogram, default_store, preset_of, refuse_ta
 from options import FILE, Day, IntegerOrAuto, Option, Rate
 from precompute.scorer import AttentionKernel, Layout
 from presets import PRESETS, Preset
-from store import DTYPES
+from store import DTYPES, ScoredTurns
 from store.command import Command, cli
 from store.errors import InputError
 
@@ -117,8 +117,17 @@ class StoreConfig(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig(StoreConfig):
-    """Phase 1. The fields of this class are about speed: recorded, never compared."""
+    """Phase 1. The fields of this class are about speed, but for the first: recorded, never compared."""
 
+    score_turns: Annotated[
+        Literal["completion", "last", "all"],
+        Option(
+            "Which tokens are scored: completion, all that follows the common prompt, as in TRL; last, each side's last assistant turn, as for OLMo 3; "
+            "all, every assistant turn.",
+            STORE,
+            default="the preset's, or completion",
+        ),
+    ] = "completion"
     layout: Annotated[Layout, Option("padded: plain batches, for models that packed refuses.", SPEED)] = "packed"
     attention_kernel: Annotated[
         AttentionKernel,
@@ -157,6 +166,11 @@ class PrecomputeConfig(StoreConfig):
             ),
         ),
     ] = "text"
+
+    @property
+    def scored_turns(self) -> ScoredTurns | None:
+        """As the identity has it."""
+        return None if self.score_turns == "completion" else self.score_turns
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "PrecomputeConfig":
@@ -258,6 +272,8 @@ def completed(given: dict[str, Any]) -> tuple[Preset | None, dict[str, Any]]:
     defaults: dict[str, Any] = {"split": "train"}
     if preset is not None:
         defaults |= {name: getattr(preset, name) for name in ("model", "split", "max_length", "dtype")}
+    if "score_turns" in given:  # import has none: TRL scores completions
+        defaults["score_turns"] = preset.score_turns if preset is not None else "completion"
     if preset is not None:
         refuse_other_template(preset, given.get("chat_template"))
     for name, value in defaults.items():

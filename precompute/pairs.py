@@ -1,6 +1,6 @@
 """Dataset rows -> token ids of prompt, chosen and rejected: the one definition of what is scored.
 
-It is TRL's (DPOTrainer._prepare_dataset, 1.16): prompt, prompt + chosen and prompt + rejected are each rendered and tokenized as a whole; the
+It is TRL's (DPOTrainer._prepare_dataset, 1.16), unless turns are asked for (turns.py): prompt, prompt + chosen and prompt + rejected are each rendered and tokenized as a whole; the
 completion begins where they diverge (the longest common token prefix) and everything after it counts, end-of-turn included. Truncation keeps
 the start of the whole sequence. What TRL passes over in silence or with one warning is counted here, with one example each.
 """
@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from precompute.clock import DateWanted
 from precompute.scorer.packing import Sequence, common_prefix
+from precompute.turns import NotFoundInText, Turn, mask_of_turns, turns_of
+from store import ScoredTurns
 from store.errors import InputError
 
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
@@ -50,13 +52,16 @@ class Pair:
     rejected_ids: np.ndarray
     chosen_truncated: bool
     rejected_truncated: bool
+    chosen_mask: np.ndarray | None = None
+    """bool [chosen_ids]: which tokens are scored; None: all."""
+    rejected_mask: np.ndarray | None = None
 
     @property
     def sequences(self) -> tuple[Sequence, Sequence]:
         """(prompt + chosen, prompt + rejected), ready for scoring."""
         num_prompt = len(self.prompt_ids)
         chosen, rejected = (np.concatenate([self.prompt_ids, ids]) for ids in (self.chosen_ids, self.rejected_ids))
-        return Sequence(chosen, num_prompt), Sequence(rejected, num_prompt)
+        return Sequence(chosen, num_prompt, self.chosen_mask), Sequence(rejected, num_prompt, self.rejected_mask)
 
 
 @dataclass
@@ -85,32 +90,38 @@ def _without_nulls(value):
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: list[dict], first_row: int, max_length: int) -> TokenizedRows:
-    """Tokenize consecutive source rows, the first of which has index `first_row`.
+def tokenize_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict], first_row: int, max_length: int, scored_turns: ScoredTurns | None = None
+) -> TokenizedRows:
+    """Tokenize consecutive source rows, the first of which has index `first_row`. `scored_turns`: as Identity has it.
 
     Raises InputError that names the row when a row is malformed (null side, unknown role, a template that fails, ...). Rows that are well
     formed but leave nothing to score are listed in `unscorable`.
     """
     result = TokenizedRows()
     special = _special_spelling(tokenizer)
-    rendered = [_rendered(tokenizer, row, index, special, result) for index, row in enumerate(rows, start=first_row)]
+    rendered = [_rendered(tokenizer, row, index, special, result, scored_turns) for index, row in enumerate(rows, start=first_row)]
     # A template writes its own special tokens; plain text gets the tokenizer's.
     ids = {
         plain: _tokenized(tokenizer, [entry for entry in rendered if entry and entry.plain is plain], plain)
         for plain in (True, False)
     }
+    ids_of = _ids_of_turns(tokenizer, rendered) if scored_turns is not None else {}
     for index, row, entry in zip(range(first_row, first_row + len(rows)), rows, rendered, strict=True):
         if entry is None:
             result.unscorable.append({"row": index, "pair_id": pair_id(row), "reason": f"{NO_SHARED_TURN}: there is no prompt"})
             continue
         three = next(ids[entry.plain]), next(ids[entry.plain]), next(ids[entry.plain])
+        if scored_turns is not None:
+            _place_turns(result, tokenizer, index, pair_id(row), entry, three[1:], ids_of, max_length)
+            continue
         _place(result, tokenizer, index, pair_id(row), *three, max_length)
         if entry.plain:
             _note_doubled_end(result, tokenizer, index, three, entry.texts)
     return result
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict]) -> None:
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], scored_turns: ScoredTurns | None = None) -> None:
     """Render every row, as scoring will, and keep nothing: InputError for the rows that fail, or if none has a prompt.
 
     The message is that of the first bad row, with the numbers of the others. Takes about a third of a millisecond a row.
@@ -118,9 +129,12 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict]) -> None
     special, ignored = _special_spelling(tokenizer), TokenizedRows()
     failed: list[tuple[int, InputError]] = []
     usable = index = 0
+    unplaced: str | None = None
     for index, row in enumerate(rows, start=1):
         try:
-            usable += _rendered(tokenizer, row, index - 1, special, ignored) is not None
+            entry = _rendered(tokenizer, row, index - 1, special, ignored, scored_turns)
+            usable += entry is not None and entry.unplaced is None
+            unplaced = unplaced or (entry and entry.unplaced)
         except DateWanted:
             raise
         except InputError as error:
@@ -132,7 +146,7 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict]) -> None
             first.next = f"{first.next or ''} {len(others):,} more rows fail: {listed}.".strip()
         raise InputError(first.what, where=first.where, expected=first.expected, found=first.found, next=first.next)
     if index and not usable:
-        raise _no_prompt(index)
+        raise _no_prompt(index) if unplaced is None else _no_turn(index, unplaced)
 
 
 MOST_LISTED = 20
@@ -144,6 +158,13 @@ def _no_prompt(num_rows: int) -> InputError:
         f"none of the {num_rows:,} rows has a prompt: {NO_SHARED_TURN}",
         expected="a prompt column, or conversations that begin with the same turns",
         next="Name the column that holds the prompt: --prompt-column.",
+    )
+
+
+def _no_turn(num_rows: int, unplaced: str) -> InputError:
+    return InputError(
+        f"none of the {num_rows:,} rows has turns whose tokens can be told: {unplaced}",
+        next="Score what follows the prompt, as TRL does: --score-turns completion. Or pass another --chat-template.",
     )
 
 
@@ -161,12 +182,18 @@ def _tokenized(tokenizer, entries: list["_Rendered"], plain: bool) -> Iterator[n
 class _Rendered:
     texts: tuple[str, str, str]  # prompt, prompt + chosen, prompt + rejected
     plain: bool
+    turns: tuple[tuple[Turn, ...], ...] = ()
+    """Of chosen and rejected, where turns are asked for."""
+    unplaced: str | None = None
+    """Why there are none."""
 
 
-def _rendered(tokenizer, row: dict, index: int, special: re.Pattern | None, result: TokenizedRows) -> _Rendered | None:
+def _rendered(
+    tokenizer, row: dict, index: int, special: re.Pattern | None, result: TokenizedRows, scored_turns: ScoredTurns | None
+) -> _Rendered | None:
     """`_render`, whose every failure is an InputError."""
     try:
-        return _render(tokenizer, row, index, special, result)
+        return _render(tokenizer, row, index, special, result, scored_turns)
     except InputError:
         raise
     except Exception as error:  # templates raise whatever they like; add where
@@ -175,8 +202,17 @@ def _rendered(tokenizer, row: dict, index: int, special: re.Pattern | None, resu
         ) from error
 
 
-def _render(tokenizer, row: dict, index: int, special: re.Pattern | None, result: TokenizedRows) -> _Rendered | None:
+def _render(
+    tokenizer, row: dict, index: int, special: re.Pattern | None, result: TokenizedRows, scored_turns: ScoredTurns | None
+) -> _Rendered | None:
     prompt, chosen, rejected = _sides(row, index)
+    if isinstance(chosen, str) and scored_turns is not None:
+        raise InputError(
+            "plain text has no turns",
+            where=f"row {index}, --score-turns {scored_turns}",
+            next="Leave the option out, or make the texts turns: --as-conversation.",
+        )
+    turns, unplaced = (), None
     if chosen == rejected:
         result.note("identical", index, _shorten(chosen if isinstance(chosen, str) else chosen[-1].get("content")))
     if isinstance(chosen, str):
@@ -210,11 +246,30 @@ def _render(tokenizer, row: dict, index: int, special: re.Pattern | None, result
             if lost:
                 result.note("turn_not_rendered", index, f"{lost[0]['role']}: {_shorten(lost[0]['content'])}")
                 break
+        if scored_turns is not None:
+            try:
+                turns = _turns_of_sides(tokenizer, (prompt + chosen, prompt + rejected), texts[1:], scored_turns, kwargs)
+            except NotFoundInText as error:
+                unplaced = str(error)
     if special is not None:
         found = next((match for content in contents if (match := special.search(content))), None)
         if found:
             result.note("special_token_in_content", index, found.group())
-    return _Rendered(texts, plain=isinstance(chosen, str))
+    return _Rendered(texts, isinstance(chosen, str), turns, unplaced)
+
+
+def _turns_of_sides(tokenizer, sides: tuple, texts: tuple, scored_turns: ScoredTurns, kwargs: dict) -> tuple[tuple[Turn, ...], ...]:
+    def render(turns: list[dict], **options) -> str:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options, **kwargs)
+
+    return tuple(turns_of(side, text, scored_turns, render) for side, text in zip(sides, texts, strict=True))
+
+
+def _ids_of_turns(tokenizer, rendered: list[_Rendered | None]) -> dict[str, np.ndarray]:
+    """The ids of every text that ends where a turn begins or ends: what sides share is tokenized once."""
+    texts = list(dict.fromkeys(text for entry in rendered if entry for side in entry.turns for turn in side for text in turn.texts))
+    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    return {text: np.asarray(one, dtype=np.int32) for text, one in zip(texts, ids, strict=True)}
 
 
 def _templated(tokenizer, prompt: list[dict], chosen: list[dict], rejected: list[dict], kwargs: dict) -> tuple[str, str, str]:
@@ -357,10 +412,55 @@ def _place(result: TokenizedRows, tokenizer, index: int, id_: str, prompt, with_
         chosen_truncated=len(with_chosen) > max_length,
         rejected_truncated=len(with_rejected) > max_length,
     )
-    for side in ("chosen_truncated", "rejected_truncated"):
-        if getattr(pair, side):
-            result.note(side, index, f"{len(with_chosen if side.startswith('chosen') else with_rejected)} tokens")
+    _note_truncated(result, index, len(with_chosen), len(with_rejected), max_length)
     result.pairs.append(pair)
+
+
+def _place_turns(
+    result: TokenizedRows, tokenizer, index: int, id_: str, entry: _Rendered, sides: tuple, ids_of: dict, max_length: int
+) -> None:
+    """As `_place`, of turns: the prompt ends where the sides diverge, or where the first turn that is scored begins."""
+    masks, reason = (), entry.unplaced
+    if reason is None:
+        try:
+            masks = tuple(mask_of_turns(ids, turns, ids_of) for ids, turns in zip(sides, entry.turns, strict=True))
+        except NotFoundInText as error:
+            reason = str(error)
+    num_prompt = 0
+    if reason is None:
+        num_prompt = min(common_prefix(*sides), *(int(mask.argmax()) for mask in masks))
+        if not all(mask[:max_length].any() for mask in masks):
+            which = next(name for name, mask in zip(("chosen", "rejected"), masks, strict=True) if not mask[:max_length].any())
+            reason = f"no token of a turn that is scored is within max_length {max_length}: {which}"
+        elif num_prompt == 0:
+            reason = "the prompt has no token: the first token of the completion has no context"
+    if reason is not None:
+        result.unscorable.append({"row": index, "pair_id": id_, "reason": reason})
+        return
+    bare = next((turn for turns in entry.turns for turn in turns if not turn.prefix), None)
+    if bare is not None:
+        result.note("prompt_not_prefix", index, f"prompt ends {_shorten(bare.header[-30:])!r}, the conversation goes on otherwise")
+    chosen, rejected = sides
+    result.pairs.append(
+        Pair(
+            id_,
+            index,
+            prompt_ids=chosen[:num_prompt],
+            chosen_ids=chosen[num_prompt:max_length],
+            rejected_ids=rejected[num_prompt:max_length],
+            chosen_truncated=len(chosen) > max_length,
+            rejected_truncated=len(rejected) > max_length,
+            chosen_mask=masks[0][num_prompt:max_length],
+            rejected_mask=masks[1][num_prompt:max_length],
+        )
+    )
+    _note_truncated(result, index, len(chosen), len(rejected), max_length)
+
+
+def _note_truncated(result: TokenizedRows, index: int, num_chosen: int, num_rejected: int, max_length: int) -> None:
+    for side, length in (("chosen_truncated", num_chosen), ("rejected_truncated", num_rejected)):
+        if length > max_length:
+            result.note(side, index, f"{length} tokens")
 
 
 def _note_doubled_end(result: TokenizedRows, tokenizer, index: int, ids: tuple, texts: tuple[str, str, str]) -> None:

@@ -101,7 +101,8 @@ class Known:
                 np.array_equal(ids[name][: len(getattr(pair, name))], getattr(pair, name)) for name in IDS[1:]
             ):
                 sides = zip(LOGPS, (pair.chosen_ids, pair.rejected_ids), strict=True)
-                found[place] = tuple(table[name][position].values.to_numpy()[: len(side)] for name, side in sides)
+                logps = (table[name][position].values.slice(0, len(side)) for name, side in sides)
+                found[place] = tuple(each.drop_null().to_numpy() for each in logps)  # null: not scored
         self.num_found += len(found)
         return found
 
@@ -141,11 +142,13 @@ class Known:
             pair = self._table(shard).slice(position, 1).to_pylist()[0]
             prompt = pair["prompt_ids"]
             room = max_length - len(prompt)
-            if room < 1:
+            sides = [(pair[f"{side}_ids"][:room], pair[f"{side}_token_logps"][:room]) for side in ("chosen", "rejected")]
+            if room < 1 or any(set(logps) == {None} for _, logps in sides):
                 continue
-            for side in ("chosen", "rejected"):
-                ids = np.array(prompt + pair[f"{side}_ids"][:room], dtype=np.int32)
-                yield pair["row"], Scored(ids, len(prompt)), np.array(pair[f"{side}_token_logps"][:room], dtype=np.float64)
+            for ids, logps in sides:
+                mask = np.array([each is not None for each in logps])  # null: not scored
+                known = np.array([each for each in logps if each is not None], dtype=np.float64)
+                yield pair["row"], Scored(np.array(prompt + ids, dtype=np.int32), len(prompt), mask), known
 
     def _table(self, shard: int) -> pa.Table:
         """Neighbours stay neighbours in most mended files: the last shard is kept open."""

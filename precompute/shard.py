@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 
 from precompute.pairs import Pair, TokenizedRows
+from precompute.scorer.packing import spans_of
 from store.manifest import Identity, ShardReport, Unscorable
-from store.schema import DATASET, SCHEMA, SourceColumn
+from store.schema import DATASET, SCHEMA, SPANS, SourceColumn
 
 
 def shard_of(
@@ -18,7 +19,7 @@ def shard_of(
     source_columns: tuple[SourceColumn, ...] = (),
     source: pa.Table | None = None,
 ) -> tuple[ShardReport, pa.Table]:
-    """`chosen`, `rejected`: float32 [completion tokens] in nats for each of `tokens.pairs`; `model_tokens`: positions that the model computed;
+    """`chosen`, `rejected`: float32 [scored tokens] in nats for each of `tokens.pairs`; `model_tokens`: positions that the model computed;
     `source`: what the source has in `source_columns`, a row for each pair."""
     rows = identity.rows_of(index)
     report = ShardReport(
@@ -35,11 +36,29 @@ def shard_of(
         source_columns=source_columns or None,
     )
     table = _table(tokens.pairs, chosen, rejected)
+    if identity.scored_turns is not None:
+        for field, masks in zip(SPANS, _masks(tokens.pairs), strict=True):
+            table = table.append_column(field, pa.array([spans_of(mask) for mask in masks], field.type))
     if identity.datasets is not None:
         table = table.append_column(DATASET, pa.array([identity.dataset_of(pair.row) for pair in tokens.pairs], DATASET.type))
     for column in source_columns:
         table = table.append_column(column.field, source[column.name])
     return report, table
+
+
+def _masks(pairs: list[Pair]) -> tuple[list[np.ndarray | None], list[np.ndarray | None]]:
+    """Of the chosen and the rejected sides."""
+    return [pair.chosen_mask for pair in pairs], [pair.rejected_mask for pair in pairs]
+
+
+def _token_logps(scored: list[np.ndarray], masks: list[np.ndarray | None]) -> pa.Array:
+    """A value per token of each completion: null where it was not scored."""
+    places = [np.ones(len(logps), bool) if mask is None else mask for logps, mask in zip(scored, masks, strict=True)]
+    known = np.concatenate(places) if places else np.empty(0, bool)
+    values = np.zeros(len(known), np.float32)
+    values[known] = np.concatenate(scored) if scored else []
+    offsets = np.cumsum([0, *map(len, places)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, mask=None if known.all() else ~known))
 
 
 def _table(pairs: list[Pair], chosen: list[np.ndarray], rejected: list[np.ndarray]) -> pa.Table:
@@ -61,8 +80,8 @@ def _table(pairs: list[Pair], chosen: list[np.ndarray], rejected: list[np.ndarra
         "num_rejected_tokens": [len(pair.rejected_ids) for pair in pairs],
         "chosen_truncated": [pair.chosen_truncated for pair in pairs],
         "rejected_truncated": [pair.rejected_truncated for pair in pairs],
-        "chosen_token_logps": lists(chosen, np.float32),
-        "rejected_token_logps": lists(rejected, np.float32),
+        "chosen_token_logps": _token_logps(chosen, _masks(pairs)[0]),
+        "rejected_token_logps": _token_logps(rejected, _masks(pairs)[1]),
     }
     return pa.table(
         [

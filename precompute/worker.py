@@ -59,6 +59,7 @@ from precompute.shard import shard_of
 from precompute.source_columns import Beside, SourceColumns
 from presets import PRESETS
 from stop import StopRequest, listening
+from store import ScoredTurns
 from store.claim import Claim, claim, claim_sealing
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store, refuse_non_store, settle_source_columns, stored_identity
@@ -228,7 +229,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
         clock = Clock(tokenizer, config.template_date)
         checked = None
         if known_weights is None or clock.may_be_asked:
-            checked = background.submit(_check_every_row, rows, tokenizer, fingerprint, given_up)
+            checked = background.submit(_check_every_row, rows, tokenizer, fingerprint, given_up, config.scored_turns)
         tokenizer_hash = background.submit(tokenizer_sha256, tokenizer)
         model = None
         if known_weights is None:
@@ -270,6 +271,7 @@ def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: st
             scorer_version=SCORER_VERSION,
             dataset_config=config.dataset_config,
             template_date=config.template_date if clock.asked else None,
+            scored_turns=config.scored_turns,
             datasets=parts,
         )
         if compiled is not None:
@@ -297,11 +299,13 @@ def _load_all(config: PrecomputeConfig) -> tuple[Rows | JoinedRows, tuple[Datase
     return JoinedRows(tuple(found)), tuple(DatasetPart(name, len(part)) for name, part in zip(config.dataset, found, strict=True))
 
 
-def _check_every_row(rows: Rows | JoinedRows, tokenizer, fingerprint: Future, given_up: Event) -> None:
+def _check_every_row(
+    rows: Rows | JoinedRows, tokenizer, fingerprint: Future, given_up: Event, scored_turns: ScoredTurns | None
+) -> None:
     """InputError for a row that cannot be rendered: found now, not after hours. What the columns say comes first, in fewer words."""
     fingerprint.result()
     blocks = (range(first, min(first + ROWS_CHECKED_AT_A_TIME, len(rows))) for first in range(0, len(rows), ROWS_CHECKED_AT_A_TIME))
-    check_rows(tokenizer, (row for block in blocks if not given_up.is_set() for row in rows.select(block).to_list()))
+    check_rows(tokenizer, (row for block in blocks if not given_up.is_set() for row in rows.select(block).to_list()), scored_turns)
 
 
 @contextlib.contextmanager
@@ -351,7 +355,8 @@ def _tokenize_ahead(
             if (held := claim(config.ref_store, index)) is not None:
                 claims.append(held)
                 block = identity.rows_of(index)
-                return held, index, tokenize_rows(tokenizer, rows.select(block).to_list(), block.start, config.max_length)
+                read = rows.select(block).to_list()
+                return held, index, tokenize_rows(tokenizer, read, block.start, config.max_length, config.scored_turns)
         return None
 
     upcoming = ahead.submit(next_shard)

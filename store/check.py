@@ -1,12 +1,14 @@
 """Is a shard's table what it claims to be? The same checks guard every write and serve `verify`."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from store.manifest import Identity, ShardReport
 from store.schema import TOKEN_LOGPS, schema_of
+from store.spans import SCORED, num_scored, pairs_of
 
 SUM_TOLERANCE = 1e-9
 """Difference allowed between a stored sum and the float64 sum of its token values, relative to the sum of their sizes (absolute
@@ -22,11 +24,13 @@ def problems(table: pa.Table, identity: Identity, report: ShardReport) -> list[s
     # Versions before this one filled an imported store with means; readers pass those off as unknown too.
     unknown = identity.sums_only and all(_all_unknown(_column(table, name)) for name in TOKEN_LOGPS)
     checked = [name for name in table.column_names if not (unknown and name in TOKEN_LOGPS)]
-    found = [f"column {name}: has nulls" for name in checked if _has_nulls(_column(table, name))]
+    some = TOKEN_LOGPS if identity.scored_turns else ()  # whose items may be null: `_spans` says where
+    found = [f"column {name}: has nulls" for name in checked if _has_nulls(_column(table, name), items=name not in some)]
     if found:
         return found
     sums = (list) if unknown else (lambda: _sums(table))
-    return [*_coverage(table, identity, report), *_values(table), *(_counts(table, identity) or sums())]
+    spans = _spans if identity.scored_turns else lambda table: []
+    return [*_coverage(table, identity, report), *_values(table), *(_counts(table, identity) or spans(table) or sums())]
 
 
 def _schema_problem(schema: pa.Schema, expected: pa.Schema) -> str:
@@ -44,8 +48,8 @@ def _column(table: pa.Table, name: str) -> pa.Array:
     return column.chunk(0) if column.num_chunks else pa.array([], column.type)
 
 
-def _has_nulls(column: pa.Array) -> bool:
-    return column.null_count > 0 or (pa.types.is_list(column.type) and column.flatten().null_count > 0)
+def _has_nulls(column: pa.Array, items: bool) -> bool:
+    return column.null_count > 0 or (items and pa.types.is_list(column.type) and column.flatten().null_count > 0)
 
 
 def _all_unknown(column: pa.Array) -> bool:
@@ -126,6 +130,24 @@ def _counts(table: pa.Table, identity: Identity) -> list[str]:
         bad = _first(pc.greater(total, identity.max_length))
         if bad is not None:
             found.append(f"{_name_row(table, bad)}: prompt and {side} are {total[bad]} tokens, max_length is {identity.max_length}")
+    return found
+
+
+def _spans(table: pa.Table) -> list[str]:
+    """Spans rise within the completion and name a token; log-probs are null outside of them, and only there."""
+    found = []
+    for side, name in SCORED.items():
+        spans, logps = _column(table, name).to_pylist(), _column(table, f"{side}_token_logps")
+        for i, edges in enumerate(spans):
+            length = len(logps[i].values)
+            if not edges or len(edges) % 2 or edges[0] < 0 or edges[-1] > length or any(a >= b for a, b in pairwise(edges)):
+                found.append(f"{_name_row(table, i)}: {name} is {edges} in a completion of {length} tokens")
+                break
+            missing = sum(logps[i].values.slice(start, stop - start).null_count for start, stop in pairs_of(edges))
+            if missing or logps[i].values.null_count != length - num_scored(edges):
+                what = "null within" if missing else "not null outside of"
+                found.append(f"{_name_row(table, i)}: {side}_token_logps is {what} the tokens of {name}, {edges}")
+                break
     return found
 
 

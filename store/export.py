@@ -23,6 +23,7 @@ from store.disk import refusal
 from store.errors import InputError
 from store.reader import Store, open_store
 from store.schema import SUMS_ONLY_NOTE, schema_of
+from store.spans import TURNS
 
 Progress = Callable[[int, int], None]
 """(pairs done, all)."""
@@ -72,6 +73,7 @@ def export(
     """
     _check_options(format, loss_type, metadata, accept_other_tokens)
     store = open_store(path, check="sha256")
+    _refuse_turns(store, format)
     if not store.num_pairs:
         raise InputError("there is no pair to export", where=path)
     if output.exists() and not (overwrite and output.is_dir()):
@@ -109,6 +111,15 @@ def _drop_former(output: Path, staging: Path) -> None:
             next="Remove them yourself.",
         )
     shutil.rmtree(output)
+
+
+def _refuse_turns(store: Store, format: str) -> None:
+    if store.identity.scored_turns and format != "jsonl":
+        raise InputError(
+            f"the store has the log-probs of {TURNS[store.identity.scored_turns]} alone; what reads this format would take them for whole completions",
+            where=f"--format {format}",
+            next="Use --format jsonl, or make a store with --score-turns completion.",
+        )
 
 
 def _check_options(format: str, loss_type: str | None, metadata: dict | None, accept_other_tokens: bool) -> None:

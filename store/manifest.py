@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from store import DTYPES, record
+from store import DTYPES, SCORED_TURNS, record
 from store.command import Command, cli
 from store.errors import StoreError
 from store.schema import FORMAT_VERSION, SUMS_ONLY, SourceColumn
@@ -70,12 +70,16 @@ class Identity:
     template_date: str | None = field(default=None, metadata=record.OPTIONAL)
     """The day, YYYY-MM-DD, on which a chat template that asks for the date was told to be."""
 
+    scored_turns: str | None = field(default=None, metadata=record.OPTIONAL)
+    """Which turns of a conversation are scored; None: what follows the common prompt, as in TRL."""
     datasets: tuple[DatasetPart, ...] | None = field(default=None, metadata=record.OPTIONAL)
     """Of a store of several datasets: which rows are whose, in order. Names, not compared: the fingerprint covers the rows."""
 
     def __post_init__(self) -> None:
         if self.datasets is not None and sum(each.num_rows for each in self.datasets) != self.num_rows:
             raise ValueError(f"datasets have {sum(each.num_rows for each in self.datasets)} rows, not {self.num_rows}")
+        if self.scored_turns not in (None, *SCORED_TURNS):
+            raise ValueError(f"scored_turns must be one of {', '.join(SCORED_TURNS)}, is {self.scored_turns!r}")
         for name in ("num_rows", "max_length", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, is {getattr(self, name)}")
@@ -389,6 +393,7 @@ def rerun(identity: Identity, store: Path, command: Command | None = None) -> st
         "--tokenizer": identity.tokenizer if identity.tokenizer != identity.model else None,
         "--chat-template": command and command.chat_template,
         "--template-date": identity.template_date,
+        "--score-turns": identity.scored_turns,
         "--max-length": identity.max_length,
         "--dtype": identity.dtype,
         "--shard-size": identity.shard_size,
@@ -417,6 +422,7 @@ _TITLES = {
     "shard_size": "shard size",
     "scorer_version": "version of the scorer",
     "template_date": "date in the chat template",
+    "scored_turns": "choice of turns that are scored",
 }
 """What is told apart, in the order of the message: fields of Identity, and the options behind them."""
 
@@ -444,6 +450,7 @@ _OPTIONS = {
     "dtype": "--dtype",
     "shard_size": "--shard-size",
     "template_date": "--template-date",
+    "scored_turns": "--score-turns",
 }
 
 assert _TITLES.keys() | NAMES == {field.name for field in fields(Identity)} | {"columns", "limit"}
@@ -464,6 +471,8 @@ def _shown(name: str, identity: Identity, command: Command | None) -> str:
 def shown(name: str, identity: Identity) -> str:
     """The value of a field as a person reads it: the beginning of a hash, and the name behind it."""
     value = getattr(identity, name)
+    if name == "scored_turns":
+        return value or "completion"
     text = str(value)[:12] if name.endswith(("sha256", "fingerprint")) else str(value)
     if name not in _NAMED_BY:
         return text

@@ -22,7 +22,7 @@ from store.errors import StoreError
 from store.folder import identity_of, missing_shards, refuse_non_store
 from store.integrity import Check, advice, damage
 from store.manifest import Identity, Manifest, manifest_path
-from store.schema import DATASET, SCHEMA, SourceColumn, schema_of, without_token_logps
+from store.schema import DATASET, SCHEMA, SPANS, SourceColumn, schema_of, without_token_logps
 from store.seal import unsealed
 from store.shard import in_stretches
 
@@ -161,7 +161,7 @@ class Store:
     def _joined(self, names: Sequence[str], tables: Iterable[pa.Table]) -> pa.Table:
         """The tables below each other; an empty table of the right columns if there are none."""
         found = [table.select(names).replace_schema_metadata() for table in tables]
-        known = pa.schema([*SCHEMA, DATASET, *(column.field for column in self.source_columns)])
+        known = pa.schema([*SCHEMA, *SPANS, DATASET, *(column.field for column in self.source_columns)])
         return pa.concat_tables(found) if found else pa.schema([known.field(name) for name in names]).empty_table()
 
     def _path_of(self, shard: int) -> Path:

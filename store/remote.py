@@ -25,6 +25,7 @@ from store.manifest import FORMER_MANIFEST, MANIFEST, Identity, Manifest, ShardF
 from store.reader import Store, open_store
 from store.schema import SUMS_ONLY_NOTE
 from store.seal import sha256_of
+from store.spans import TURNS
 
 Progress = Callable[[int, int], None]
 
@@ -283,6 +284,8 @@ def card(manifest: Manifest, name: str) -> str:
     rows = "\n".join(f"| `{field}` | `{value}` |" for field, value in identity.to_json().items())
     unscorable = f", {len(manifest.unscorable):,} without a pair (listed in _manifest.json)" if manifest.unscorable else ""
     parts = "`chosen_token_logps` and `rejected_token_logps` are their parts."
+    if identity.scored_turns:
+        parts += f" Only {TURNS[identity.scored_turns]} were scored: other tokens have null, and `chosen_scored` and `rejected_scored` say which."
     if identity.sums_only:
         parts = f"This store was {SUMS_ONLY_NOTE}."
     return f"""---

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from store.disk import refusal
 from store.errors import InputError
 from store.manifest import NAMES, Identity
-from store.reader import Store, open_store
+from store.reader import SHORT_COLUMNS, Store, open_store
 from store.report_page import render
 from store.report_pictures import compared, pictures
 from store.schema import COUNTS, SUMS_ONLY_NOTE
+from store.spans import SCORED, TURNS, num_scored, num_scored_sql
 from store.sql import quoted
 from store.text import Decode, pieces
 
@@ -40,8 +42,8 @@ SHOWN = 1500
 VALUES = """
 create view pairs as select *,
     ref_chosen_logps - ref_rejected_logps as margin,
-    ref_chosen_logps / num_chosen_tokens as chosen_mean, ref_rejected_logps / num_rejected_tokens as rejected_mean,
-    ref_chosen_logps / num_chosen_tokens - ref_rejected_logps / num_rejected_tokens as mean_margin
+    ref_chosen_logps / {num_chosen} as chosen_mean, ref_rejected_logps / {num_rejected} as rejected_mean,
+    chosen_mean - rejected_mean as mean_margin
 from short
 """
 
@@ -178,6 +180,7 @@ def report(path: Path, folder: Path, decode: Decode | None = None, other: Path |
         counts=COUNTS,
         decoded=decode is not None,
         sums_only=note,
+        turns=TURNS.get(store.identity.scored_turns or ""),
         change_steps=CHANGE_STEPS,
     )
     try:
@@ -193,10 +196,19 @@ def report(path: Path, folder: Path, decode: Decode | None = None, other: Path |
 def _connect(store: Store) -> duckdb.DuckDBPyConnection:
     """Tables: `short` (the columns of one value per pair), `pairs` (with margins) and `sampled` (all columns of some pairs)."""
     connection = duckdb.connect()
-    connection.register("short", store.lengths())
+    connection.register("short", _short(store))
     connection.register("sampled", store.read(_sampled(store.num_pairs), ["pair_id", "chosen_token_logps", "rejected_token_logps"]))
-    connection.execute(VALUES)
+    connection.execute(_values(store))
     return connection
+
+
+def _short(store: Store) -> pa.Table:
+    """The columns of one value per pair, and the spans of what was scored."""
+    return store.columns((*SHORT_COLUMNS, *SCORED.values())) if store.identity.scored_turns else store.lengths()
+
+
+def _values(store: Store) -> str:
+    return VALUES.format(**{f"num_{side}": num_scored_sql(side, store.identity.scored_turns) for side in SCORED})
 
 
 def _groups(connection: duckdb.DuckDBPyConnection, store: Store) -> Iterator[tuple[str, tuple[dict, ...], int]]:
@@ -265,6 +277,7 @@ def _read(
         "ref_rejected_logps",
         "chosen_token_logps",
         "rejected_token_logps",
+        *(SCORED.values() if store.identity.scored_turns else ()),
     ]
     beside = [column.name for column in store.source_columns]
     pairs = _pairs_of_rows(store, [each["row"] for each in found], [*names, *beside])
@@ -277,6 +290,7 @@ def _read(
                 column.name: _end(str(pair[column.name])) for column in store.source_columns if pair[column.name] is not None
             }
         }
+        | {f"num_{side}_tokens": num_scored(pair[spans]) for side, spans in SCORED.items() if spans in pair}
         | {"prompt": _end(decode(pair["prompt_ids"]) if decode is not None else " ".join(map(str, pair["prompt_ids"])))}
         | {side: _completion(pair, side, decode, there) for side in ("chosen", "rejected")}
         for each, pair, there in zip(found, pairs, others, strict=True)
@@ -340,8 +354,8 @@ def _shade(ids: list[int], logps: Sequence[float | None], others: Sequence[float
 
 
 def _compare(connection: duckdb.DuckDBPyConnection, store: Store, other: Store, decode: Decode | None) -> Comparison:
-    connection.register("other_short", other.lengths())
-    connection.execute(VALUES.replace("view pairs", "view other_pairs").replace("from short", "from other_short"))
+    connection.register("other_short", _short(other))
+    connection.execute(_values(other).replace("view pairs", "view other_pairs").replace("from short", "from other_short"))
     connection.execute(JOINED)
     summary = _one(connection, COMPARED)
     if not summary["both"]:

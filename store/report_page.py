@@ -109,7 +109,7 @@ rejected {{ pair.ref_rejected_logps|number }} over {{ pair.num_rejected_tokens|n
 {% endmacro %}
 <h1>{{ facts.store.path.name }}</h1>
 <p class="mute">Reference log-probs of {{ identity.model }}{% if identity.revision %}@{{ identity.revision }}{% endif %} on {{ identity.dataset }}
-({{ identity.dtype }}, max length {{ "{:,}".format(identity.max_length) }}); page made {{ today }}</p>
+({{ identity.dtype }}, max length {{ "{:,}".format(identity.max_length) }}{% if turns %}, {{ turns }} alone{% endif %}); page made {{ today }}</p>
 {% if sums_only %}<p><b>This store was {{ sums_only }}.</b> Means per token are sums divided by counts.</p>{% endif %}
 <div class="tiles">
 <div class="tile"><b>{{ s.num_pairs|number }}</b>pairs of {{ identity.num_rows|number }} rows</div>

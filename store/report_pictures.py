@@ -15,7 +15,7 @@ with scored as (
         union all select 'rejected', rejected_token_logps from sampled))
 select side, floor(4 * log2(position + 1)) as step, min(position) + 1 as first, avg(logp) as mean,
     quantile_cont(logp, 0.1) as low, count(*) as num_tokens
-from scored group by side, step having count(*) >= 10 order by side, step
+from scored where logp is not null group by side, step having count(*) >= 10 order by side, step
 """
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from store.spans import SCORED
+
 FORMAT_VERSION = 1
 """Version of the file layout. A reader refuses a store of another version."""
 
@@ -30,10 +32,15 @@ SCHEMA = pa.schema(
         pa.field("chosen_truncated", pa.bool_(), nullable=False),
         pa.field("rejected_truncated", pa.bool_(), nullable=False),
         # natural-log probability of each completion token given everything before it, nats; as many nulls where SUMS_ONLY
+        # and null for the tokens that SPANS leave out
         pa.field("chosen_token_logps", pa.list_(pa.float32()), nullable=False),
         pa.field("rejected_token_logps", pa.list_(pa.float32()), nullable=False),
     ]
 )
+
+SPANS = tuple(pa.field(name, pa.list_(pa.int32()), nullable=False) for name in SCORED.values())
+"""Of a store of scored turns (identity.scored_turns): [start, stop, start, stop, …] in the completion, the tokens that were scored. The log-probs
+of the others are null."""
 
 DATASET = pa.field("dataset", pa.string(), nullable=False)
 """Last column of a store of several datasets: which one the pair is from, by the name it was asked for."""
@@ -50,7 +57,7 @@ SOURCE_TYPES = {
 """What a column of the source may hold: one value per row."""
 
 RESERVED = frozenset(
-    [*SCHEMA.names, DATASET.name]
+    [*SCHEMA.names, *SCORED.values(), DATASET.name]
     + ["side", "completion_ids", "ref_logps", "num_tokens", "truncated", "token_logps"]
     + ["position", "token_id", "token", "logp", "prompt", "chosen", "rejected"]
 )
@@ -78,9 +85,10 @@ class SourceColumn:
 
 
 def schema_of(identity: Any, source: Iterable[SourceColumn] | None = None) -> pa.Schema:
-    """The columns of a store: SCHEMA, DATASET where it has several, and those of the source."""
-    own = SCHEMA if identity.datasets is None else SCHEMA.append(DATASET)
-    return pa.schema([*own, *(column.field for column in source or ())])
+    """The columns of a store: SCHEMA, SPANS where turns were scored, DATASET where it has several, and those of the source."""
+    spans = () if identity.scored_turns is None else SPANS
+    dataset = () if identity.datasets is None else (DATASET,)
+    return pa.schema([*SCHEMA, *spans, *dataset, *(column.field for column in source or ())])
 
 
 SUMS_ONLY_NOTE = "imported: sums only; the log-probs of its tokens are unknown (null)"

@@ -61,12 +61,15 @@ create view completions as
         num_rejected_tokens, rejected_truncated, rejected_token_logps{which}
     from pairs;
 
-create view tokens as
+create view tokens as{before}
     select pair_id, row, side,
         unnest(range(num_tokens)) as position, unnest(completion_ids) as token_id, {token}unnest(token_logps) as logp{which}
-    from completions;
+    from completions{after};
 """
-"""`which`: what a store of several datasets, and of a dataset with columns of its own, has more; `token`: the text of one, where it can be decoded."""
+"""`which`: what a store of several datasets, and of a dataset with columns of its own, has more; `token`: the text of one, where it can be decoded;
+`before`, `after`: what leaves out the tokens that were not scored, where turns were."""
+
+SCORED_ALONE = {"before": " select * from (", "after": ") where logp is not null"}
 
 TOKEN = "text_of_token(unnest(completion_ids)) as token, "
 
@@ -116,7 +119,8 @@ def connect(path: Path, threads: int | None = None, decode: Decode | None = None
     if decode is not None:
         _decoding[connection] = _Decoding(decode)
         _decoding[connection].register(connection)
-    connection.execute(VIEWS.format(which=which, token="" if decode is None else TOKEN))
+    around = SCORED_ALONE if identity_of(Path(path)).scored_turns else dict.fromkeys(SCORED_ALONE, "")
+    connection.execute(VIEWS.format(which=which, token="" if decode is None else TOKEN, **around))
     if decode is not None:
         connection.execute(TEXTS.format(which=which))
     connection.execute(LOCK)

@@ -14,6 +14,7 @@ from store.folder import identity_of, missing_shards, stored_command
 from store.manifest import MANIFEST, Identity, Manifest, Totals, manifest_path, rerun, totals_of
 from store.schema import SUMS_ONLY_NOTE
 from store.shard import read_footer
+from store.spans import SCORED, TURNS, num_scored_sql
 from store.sql import connect, readable_shards
 
 COUNTS_SHOWN = 6
@@ -25,10 +26,10 @@ select
     quantile_disc(num_chosen_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as chosen,
     quantile_disc(num_rejected_tokens, [0.5, 0.9, 0.95, 0.99, 1]) as rejected,
     quantile_cont(ref_chosen_logps - ref_rejected_logps, [0.05, 0.25, 0.5, 0.75, 0.95]) as by_sum,
-    quantile_cont(ref_chosen_logps / num_chosen_tokens - ref_rejected_logps / num_rejected_tokens,
+    quantile_cont(ref_chosen_logps / {num_chosen} - ref_rejected_logps / {num_rejected},
         [0.05, 0.25, 0.5, 0.75, 0.95]) as by_mean,
     avg((ref_chosen_logps > ref_rejected_logps)::int) as prefers_by_sum,
-    avg((ref_chosen_logps / num_chosen_tokens > ref_rejected_logps / num_rejected_tokens)::int) as prefers_by_mean,
+    avg((ref_chosen_logps / {num_chosen} > ref_rejected_logps / {num_rejected})::int) as prefers_by_mean,
     avg(chosen_truncated::int) as chosen_truncated,
     avg(rejected_truncated::int) as rejected_truncated
 from pairs
@@ -83,6 +84,11 @@ def _identity_lines(identity: Identity) -> list[str]:
         f"{'scored':11}{identity.dtype}, max length {identity.max_length:,} ({identity.truncation})"
         + f", {identity.shard_size:,} rows per shard, "
         + ("by TRL" if identity.sums_only else f"scorer {identity.scorer_version}"),
+        *(
+            [f"{'':11}{TURNS[identity.scored_turns]} alone (--score-turns {identity.scored_turns})"]
+            if identity.scored_turns
+            else []
+        ),
         *([f"{'':11}{SUMS_ONLY_NOTE}"] if identity.sums_only else []),
     ]
 
@@ -93,7 +99,7 @@ def _row_lines(identity: Identity, totals: Totals, files: list[Path]) -> list[st
         done += f"; {len(totals.unscorable):,} unscorable"
     lines = [
         f"{'pairs':11}{done}",
-        f"{'tokens':11}{totals.num_completion_tokens:,} scored in completions, {totals.num_prompt_tokens:,} in prompts",
+        f"{'tokens':11}{totals.num_completion_tokens:,} {'scored ' if identity.scored_turns is None else ''}in completions, {totals.num_prompt_tokens:,} in prompts",
     ]
     reasons = Counter(each.reason for each in totals.unscorable).most_common(3)
     return lines + [f"{'':11}{count:,} unscorable: {reason}" for reason, count in reasons]
@@ -101,7 +107,8 @@ def _row_lines(identity: Identity, totals: Totals, files: list[Path]) -> list[st
 
 def _measured_lines(path: Path) -> list[str]:
     try:
-        cursor = connect(path).execute(MEASURED)
+        counts = {f"num_{side}": num_scored_sql(side, identity_of(path).scored_turns) for side in SCORED}
+        cursor = connect(path).execute(MEASURED.format(**counts))
         values = dict(zip([column[0] for column in cursor.description], cursor.fetchall()[0], strict=True))
     except duckdb.Error as error:
         reason = " ".join(str(error).split())[:160]

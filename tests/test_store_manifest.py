@@ -22,7 +22,7 @@ OTHER = {int: 7, str: "f" * 64}
 
 
 def changed(name: str) -> Identity:
-    special = {"dtype": "bfloat16", "num_rows": 11, "datasets": (DatasetPart("a", 4), DatasetPart("b", 6))}
+    special = {"dtype": "bfloat16", "num_rows": 11, "scored_turns": "all", "datasets": (DatasetPart("a", 4), DatasetPart("b", 6))}
     value = special.get(name) or OTHER[type(getattr(make_identity(), name) or "")]
     return dataclasses.replace(make_identity(), **{name: value})
 

@@ -7,16 +7,18 @@ Parquet files when a batch is asked for, in whichever process asks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from precompute.scorer.packing import mask_of
 from store.derive import derive, fits
 from store.errors import InputError
 from store.reader import TOKEN_COUNTS, Store
+from store.spans import SCORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,11 +47,30 @@ class ReadPairs:
     ld_alpha: float | None
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list]:
+        columns = COLUMNS + (tuple(SCORED.values()) if self.store.identity.scored_turns else ())
         if self.max_length == self.store.identity.max_length and self.ld_alpha is None:
-            table = self.store.read(batch[POSITION], COLUMNS)
+            table = self.store.read(batch[POSITION], columns)
         else:
-            table = derive(self.store.read(batch[POSITION], COLUMNS + FOR_DERIVING), self.max_length, self.ld_alpha)
-        return {name: table[name].to_pylist() for name in COLUMNS}
+            table = derive(self.store.read(batch[POSITION], columns + FOR_DERIVING), self.max_length, self.ld_alpha)
+        return {name: table[name].to_pylist() for name in columns}
+
+
+@dataclass(frozen=True)
+class CollateTurns:
+    """TRL's collator, whose mask of the completions leaves out what was not scored."""
+
+    collate: Callable[[list[dict]], dict]
+
+    def __call__(self, pairs: list[dict]) -> dict:
+        batch = self.collate(pairs)
+        if SCORED["chosen"] not in pairs[0]:
+            return batch
+        sides = [(pair, side) for side in SCORED for pair in pairs]
+        for row, (pair, side) in zip(batch["completion_mask"], sides, strict=True):
+            scored = mask_of(pair[SCORED[side]], len(pair[f"{side}_ids"]))
+            first = len(pair["prompt_ids"])
+            row[first : first + len(scored)] *= row.new_tensor(scored)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,7 @@ def lengths_in(dataset: Dataset) -> Lengths:
 def fitting(store: Store, max_length: int, ld_alpha: float | None = None, positions: Sequence[int] | None = None) -> np.ndarray:
     """Positions, int32, of those of the pairs at `positions` (None: all) that can be trained on at `max_length`, in the same order.
 
-    A pair whose prompt alone fills `max_length` is left out, as TRL leaves it out. Raises InputError for a `max_length` above the
+    A pair of which `max_length` leaves nothing that was scored is left out, as TRL leaves it out. Raises InputError for a `max_length` above the
     store's, for one that leaves no pair, and where the store lacks the token values that the sums asked for are made of.
     """
     if max_length > store.identity.max_length:
@@ -113,6 +134,12 @@ def fitting(store: Store, max_length: int, ld_alpha: float | None = None, positi
             found=max_length,
             next="Lower --max-length, or make a store with a longer one.",
         )
+    if store.identity.scored_turns is not None and ld_alpha is not None:
+        raise InputError(
+            "LD-DPO is about completions as a whole, and the store has the log-probs of some turns",
+            where=f"{store.path}, --ld-alpha {ld_alpha:g}",
+            next="Leave it out, or make a store with --score-turns completion.",
+        )
     if store.identity.sums_only and (max_length < store.identity.max_length or ld_alpha is not None):
         raise InputError(
             "the store was imported and has sums only, no token values",
@@ -121,7 +148,9 @@ def fitting(store: Store, max_length: int, ld_alpha: float | None = None, positi
         )
     positions = np.arange(store.num_pairs, dtype=np.int32) if positions is None else np.asarray(positions, np.int32)
     if max_length < store.identity.max_length:
-        positions = positions[fits(store.token_counts, max_length).to_numpy(zero_copy_only=False)[positions]]
+        turns = store.identity.scored_turns is not None
+        lengths = store.columns(("num_prompt_tokens", *SCORED.values())) if turns else store.token_counts
+        positions = positions[fits(lengths, max_length).to_numpy(zero_copy_only=False)[positions]]
     if not len(positions):
         raise InputError(
             "no pair is left to train on",

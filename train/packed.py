@@ -97,7 +97,7 @@ def packed_forward(
     *,
     with_routers: bool = False,
 ) -> FusedCausalLMOutput:
-    """input_ids, attention_mask, labels [B, L], right-padded, labels -100 outside the completion -> TRL's output with values [B, L - 1].
+    """input_ids, attention_mask, labels [B, L], right-padded, labels -100 where nothing is scored -> TRL's output with values [B, L - 1].
 
     Position i holds what predicts token i + 1, zero where nothing is predicted. Differentiable in the model's parameters.
     `with_routers`: also the auxiliary loss of a mixture of experts, as TRL computes it: over every token of every sequence.
@@ -105,12 +105,13 @@ def packed_forward(
     device = input_ids.device
     ids = input_ids.cpu().numpy()
     lengths = attention_mask.sum(dim=1).tolist()
-    num_prompts = (labels != -100).int().argmax(dim=1).tolist()
+    scored = (labels != -100).cpu().numpy()
     sequences = [
-        Sequence(row[:length].astype(np.int32), prompt) for row, length, prompt in zip(ids, lengths, num_prompts, strict=True)
+        Sequence(row[:length].astype(np.int32), prompt, mask[prompt:length])
+        for row, mask, length, prompt in zip(ids, scored, lengths, scored.argmax(axis=1).tolist(), strict=True)
     ]
     width = input_ids.shape[1] - 1
-    places = [index * width + np.arange(each.num_prompt - 1, len(each.ids) - 1) for index, each in enumerate(sequences)]
+    places = [index * width + each.scored - 1 for index, each in enumerate(sequences)]
     at = torch.from_numpy(np.concatenate(places)).to(device)
     arranged, batches = arrange(model.config, sequences, whole=with_routers)
     options = {"output_router_logits": True} if with_routers else {}

@@ -19,7 +19,7 @@ from train.config import TrainConfig
 from train.data import fitting
 from train.zero import refuse_contradictions
 
-COMPARED = ("weights_sha256", "config_sha256", "tokenizer_sha256", "chat_template_sha256", "dtype")
+COMPARED = ("weights_sha256", "config_sha256", "tokenizer_sha256", "chat_template_sha256", "dtype", "scored_turns")
 """Fields of a store's identity that the policy and an eval store must share."""
 
 
@@ -75,6 +75,12 @@ def plan(config: TrainConfig, world: int, check: str = "none") -> Plan:
         eval_store = open_store(config.eval_ref_store, check=check)
         compare_stores(eval_store, store)
         evaluate = fitting(eval_store, max_length, config.ld_alpha)
+    if store.identity.scored_turns and "sft" in config.loss_type and accumulation is None:
+        raise InputError(
+            "sft with micro-batches by tokens weighs whole completions, and the store has the log-probs of some turns",
+            where=f"--loss-type {','.join(config.loss_type)}, {store.path}",
+            next="Add --per-device-train-batch-size 1.",
+        )
     policy = policy_of(config, store.identity)
     for option, name in (("--policy", policy.name), ("--tokenizer", policy.tokenizer)):
         refuse_missing_folder(option, name, store)

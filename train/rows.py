@@ -1,8 +1,8 @@
 """A micro-batch as the device needs it, made where the data is read: in the loader's workers, in pinned memory where there is a GPU.
 
 Nothing is read back from the device to arrange it: the packed row, where the head reads and what it should find, and where TRL's loss looks for
-the log-prob of each completion token. That is a grid [2 pairs, 1 + longest completion], chosen sides first: one place for the prompt, which
-TRL's loss does not look at, and the completion.
+the log-prob of each completion token that is scored. That is a grid [2 pairs, 1 + most such tokens], chosen sides first: one place for the
+prompt, which TRL's loss does not look at, and the tokens.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from datasets import Dataset
 from transformers.configuration_utils import PreTrainedConfig
 
 from precompute.scorer.api import PackedRow, together
-from precompute.scorer.packing import PackedBatch, Sequence, pack
+from precompute.scorer.packing import PackedBatch, Sequence, mask_of, pack
+from store.spans import SCORED
 from train.bins import MicroBatch
 from train.data import REFERENCE, Lengths
 
@@ -34,7 +35,7 @@ class Arranged:
     targets: torch.Tensor
     """int64 [N], what they should predict."""
     taken: torch.Tensor
-    """int64 [K], for each completion token, sequence by sequence, which of the N it is: shared tokens are computed once."""
+    """int64 [K], for each token that is scored, sequence by sequence, which of the N it is: shared tokens are computed once."""
 
     def moved(self, move: Move) -> "Arranged":
         """Every tensor as `move` gives it."""
@@ -67,9 +68,9 @@ class Row:
 
     arranged: Arranged
     places: torch.Tensor
-    """int64 [K], where each completion token stands in TRL's grid, flattened and without its first column."""
+    """int64 [K], where each token that is scored stands in TRL's grid, flattened and without its first column."""
     grid: tuple[int, int]
-    """Rows and columns of that: 2 pairs x the longest completion."""
+    """Rows and columns of that: 2 pairs x the most tokens of a completion that are scored."""
     num_chosen: int
     """Of the K tokens, those of chosen sides."""
     lengths: Lengths
@@ -114,15 +115,23 @@ def loss_inputs(read: dict[str, list], config: PreTrainedConfig, micro_batch: Mi
     prompts = [np.asarray(ids, np.int32) for ids in read["prompt_ids"]]
     sides = [[np.asarray(ids, np.int32) for ids in read[name]] for name in ("chosen_ids", "rejected_ids")]
     completions = [ids for side in sides for ids in side]
-    sequences = [Sequence(np.concatenate([prompt, ids]), len(prompt)) for prompt, ids in zip(prompts * 2, completions, strict=True)]
-    counts = np.array([len(ids) for ids in completions])
+    masks = [None] * len(completions)
+    if SCORED["chosen"] in read:
+        spans = [each for name in SCORED.values() for each in read[name]]
+        masks = [mask_of(each, len(ids)) for each, ids in zip(spans, completions, strict=True)]
+    sequences = [
+        Sequence(np.concatenate([prompt, ids]), len(prompt), mask)
+        for prompt, ids, mask in zip(prompts * 2, completions, masks, strict=True)
+    ]
+    counts = np.array([sequence.num_scored for sequence in sequences])
     half, width = len(prompts), int(counts.max())
+    num_prompt, chosen, rejected = (np.array([len(ids) for ids in each]) for each in (prompts, *sides))
     row = Row(
         arranged=arrange(config, sequences)[0],
         places=torch.from_numpy(np.concatenate([index * width + np.arange(count) for index, count in enumerate(counts)])),
         grid=(len(sequences), width),
         num_chosen=int(counts[:half].sum()),
-        lengths=Lengths(np.array([len(ids) for ids in prompts]), counts[:half], counts[half:]),
+        lengths=Lengths(num_prompt, chosen, rejected),
         micro_batch=micro_batch,
     )
     mask = np.zeros((len(sequences), 1 + width), np.int64)

@@ -33,7 +33,7 @@ from trl.trainer import dpo_trainer
 from train import dropout
 from train.balance import RELATE_PAIRS, BalancedSampler, Shape
 from train.bins import Bins, within
-from train.data import REFERENCE, Lengths, lengths_in
+from train.data import REFERENCE, CollateTurns, Lengths, lengths_in
 from train.evaluate import evaluate
 from train.flops import PairFlops
 from train.metrics import Sums, kept
@@ -86,6 +86,7 @@ class StoreDPOTrainer(DPOTrainer):
                 processing_class=processing_class,
                 callbacks=callbacks,
             )
+        self.data_collator = CollateTurns(self.data_collator)
         if base is not model:
             model.delete_adapter("ref")  # TRL keeps a copy of the adapter to compute the reference with
         model.config.use_cache = use_cache  # TRL's loss asks for no cache; what is saved is about the model's next use
@@ -283,14 +284,15 @@ def _set_micro_steps(args: DPOConfig, num_micro_steps: int) -> None:
 
 def _lengths(inputs: dict[str, Any]) -> Lengths:
     """Of the pairs of a padded micro-batch."""
-    masks = inputs["attention_mask"], inputs["completion_mask"]
-    total, completion = torch.stack([mask.sum(dim=1) for mask in masks]).cpu().numpy()
+    first = inputs["completion_mask"].argmax(dim=1)  # that is scored
+    total, prompt = torch.stack([inputs["attention_mask"].sum(dim=1), first]).cpu().numpy()
     half = len(total) // 2
-    return Lengths((total - completion)[:half], completion[:half], completion[half:])
+    completion = total - prompt
+    return Lengths(prompt[:half], completion[:half], completion[half:])
 
 
 def _chosen_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """Completion tokens of the chosen side of a micro-batch."""
+    """Tokens of the chosen side of a micro-batch that are scored."""
     mask = inputs["completion_mask"]
     return mask[: len(mask) // 2].sum()
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from store.spans import pairs_of
+
 MIN_SHARED = 8
 """Shorter common prefixes are not shared: one more attention call costs more than a few tokens."""
 
@@ -32,10 +34,31 @@ class Sequence:
 
     ids: np.ndarray
     num_prompt: int
+    mask: np.ndarray | None = None
+    """bool [length - num_prompt]: which tokens of the completion are scored; None: all."""
+
+    @property
+    def scored(self) -> np.ndarray:
+        """int64 [num_scored]: where in `ids` the tokens stand that are scored."""
+        offsets = np.arange(len(self.ids) - self.num_prompt) if self.mask is None else np.flatnonzero(self.mask)
+        return offsets + self.num_prompt
 
     @property
     def num_scored(self) -> int:
-        return len(self.ids) - self.num_prompt
+        return len(self.ids) - self.num_prompt if self.mask is None else int(np.count_nonzero(self.mask))
+
+
+def spans_of(mask: np.ndarray) -> list[int]:
+    """bool [tokens] -> [start, stop, start, stop, …] of what is true in it: how a store keeps it (store/spans.py)."""
+    return np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))).tolist()
+
+
+def mask_of(spans: list[int], length: int) -> np.ndarray:
+    """The other way: bool [length]."""
+    mask = np.zeros(length, bool)
+    for start, stop in pairs_of(spans):
+        mask[start:stop] = True
+    return mask
 
 
 @dataclass(frozen=True)
@@ -55,7 +78,7 @@ class Branch:
 class PackedBatch:
     """One packed row of T tokens in which N distinct (context, token) are scored.
 
-    `slots[k]` places them: the log-probs of sequence `members[k]` are scores[slots[k]], one per completion token.
+    `slots[k]` places them: the log-probs of sequence `members[k]` are scores[slots[k]], one per token that is scored.
     """
 
     input_ids: np.ndarray  # int64 [T]
@@ -76,7 +99,7 @@ def pack(sequences: list[Sequence], tokens_per_batch: int, *, whole: bool = Fals
     a prompt token (its first token has no context) or without a completion.
     """
     for sequence in sequences:
-        if not 1 <= sequence.num_prompt < len(sequence.ids):
+        if not 1 <= sequence.num_prompt < len(sequence.ids) or not sequence.num_scored:
             raise ValueError(
                 f"a sequence needs a prompt and a completion, not {sequence.num_prompt} + {sequence.num_scored} tokens"
             )
@@ -131,8 +154,8 @@ def _batch(sequences: list[Sequence], computed: list[np.ndarray], batch: list[tu
         position_ids.append(np.arange(shared, length))
         used += length - shared
         places.append(np.concatenate([np.arange(start, stop) for start, stop in path]))
-        predictors.append(places[-1][sequence.num_prompt - 1 : len(sequence.ids) - 1])
-        targets.append(sequence.ids[sequence.num_prompt :])
+        predictors.append(places[-1][sequence.scored - 1])
+        targets.append(sequence.ids[sequence.scored])
 
     # One score per distinct (predictor, target): branches that share completion tokens share their scores.
     keys = np.concatenate(predictors) << 32 | np.concatenate(targets).astype(np.int64)

@@ -7,10 +7,11 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from precompute.scorer import Layout
-from precompute.scorer.packing import Sequence
+from precompute.scorer.packing import Sequence, mask_of
 from precompute.scorer.scoring import score
 from store.errors import InputError
 from store.reader import Store
+from store.spans import SCORED
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 """Largest mean over tokens of |now - stored|, nats. The mean, because single tokens are noisy: bfloat16 moves one by 0.3.
@@ -55,10 +56,12 @@ def rescore(
     pairs = store.read(sorted(chosen_pairs.tolist())).to_pylist()
     sequences, stored, sums = [], [], []
     for pair in pairs:
-        for side in ("chosen", "rejected"):
+        for side, spans in SCORED.items():
             ids = np.array(pair["prompt_ids"] + pair[f"{side}_ids"], dtype=np.int32)
-            sequences.append(Sequence(ids, len(pair["prompt_ids"])))
-            stored.append(np.array(pair[f"{side}_token_logps"], dtype=np.float64))
+            mask = mask_of(pair[spans], len(pair[f"{side}_ids"])) if store.identity.scored_turns else None
+            sequences.append(Sequence(ids, len(pair["prompt_ids"]), mask))
+            logps = np.array(pair[f"{side}_token_logps"], dtype=np.float64)
+            stored.append(logps if mask is None else logps[mask])
             sums.append(pair[f"ref_{side}_logps"])
     _refuse_other_kind(model, sequences, store)
     now = score(model, sequences, layout=layout, tokens_per_batch=tokens_per_batch)

@@ -38,7 +38,7 @@ GPU_ENTRIES = 32768
 
 
 def score(model: PreTrainedModel, sequences: list[Sequence], *, layout: Layout, tokens_per_batch: int) -> list[np.ndarray]:
-    """Log-probs of the completion tokens of each sequence, in the order given: float32 [num_scored] each, in nats.
+    """Log-probs of the tokens of each sequence that are scored, in the order given: float32 [num_scored] each, in nats.
 
     Logits are computed in the model's dtype; the softmax over the vocabulary in float32. Results do not depend on what else is in the
     list beyond the rounding of the model's dtype. Raises InputError when `layout` cannot score this architecture.
@@ -177,8 +177,8 @@ def score_padded(model: PreTrainedModel, sequences: list[Sequence]) -> list[np.n
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     results = []
     for row, sequence in enumerate(sequences):
-        predicting = slice(sequence.num_prompt - 1, len(sequence.ids) - 1)
-        log_probs = logits[row, predicting].float().log_softmax(dim=-1)
-        targets = input_ids[row, sequence.num_prompt : len(sequence.ids), None]
+        scored = torch.from_numpy(sequence.scored).to(model.device)
+        log_probs = logits[row, scored - 1].float().log_softmax(dim=-1)
+        targets = input_ids[row, scored, None]
         results.append(log_probs.gather(1, targets)[:, 0].cpu().numpy())
     return results
