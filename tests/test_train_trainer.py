@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from train_setup import MAX_LENGTH, make_rows, make_store, make_world
-from transformers import AutoModelForCausalLM, GPT2Config, PhimoeConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PhimoeConfig, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import base_trainer, dpo_trainer
 from trl.trainer.utils import hash_module
@@ -233,6 +233,40 @@ def test_all_that_is_random_in_a_forward_is_turned_off(kind):
     assert not same_twice()
     assert turn_off(model)
     assert same_twice() and turn_off(model) == ()
+
+
+NOISY = {
+    "falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "persimmon": {"attention_dropout": 0.3, "intermediate_size": 32},
+    "phimoe": {"router_jitter_noise": 0.2, "input_jitter_noise": 0.1, "intermediate_size": 32, "num_local_experts": 4},
+}
+"""Falcon's and Persimmon's layers read the configuration itself; Phi-MoE's jitter is a distance in evaluation too."""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", NOISY)
+def test_training_computes_what_was_scored(kind, checkpointing):
+    """Log-probs and gradients of training mode are those of evaluation mode, when layers are computed again too."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **NOISY[kind])).eval()
+    for weight in (each for each in model.parameters() if each.dim() > 1):
+        torch.nn.init.normal_(weight, std=0.3)
+    ids = torch.arange(1, 41)[None]
+
+    def seen() -> list[torch.Tensor]:
+        model.zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits[:, :, 0].sum().backward()
+        return [logits.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
+
+    expected = seen()
+    assert turn_off(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.train().training
+    torch.testing.assert_close(seen(), expected, rtol=1e-4, atol=1e-4)
+    assert {type(each).__name__ for each in model.eval().modules() if each.training} == set()
 
 
 def test_weights_are_not_hashed_and_nothing_stays_patched(world, settings):

@@ -25,6 +25,7 @@ from precompute.scorer.api import (
 )
 from precompute.scorer.packing import Sequence
 from store.errors import InputError
+from train import dropout
 from train.packed import packed_forward, ready_to_train, refuse_unpackable_policy
 
 GRADIENT_TOLERANCE = 1e-3
@@ -78,8 +79,11 @@ def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(sequence.num_scored, generator=generator).to(model.device) for sequence in sequences]
     found = []
-    for compute in (forward, lambda any_model, each: [alone_logps(any_model, sequence) for sequence in each]):
+    dropout.turn_off(model)
+    plain = lambda any_model, each: [alone_logps(any_model, sequence) for sequence in each]
+    for compute, training in ((forward, True), (plain, False)):
         model.zero_grad()
+        model.train(training)  # as it is trained, against as it is scored
         sum((weight * logps).sum() for weight, logps in zip(weights, compute(model, sequences), strict=True)).backward()
         found.append([None if each.grad is None else each.grad.clone() for each in model.parameters()])
     floor = GRADIENT_FLOOR * max(float(theirs.abs().max()) for theirs in found[1] if theirs is not None)
