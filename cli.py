@@ -320,6 +320,7 @@ def import_cmd(
     num_pairs: Annotated[int, Option("Random pairs scored again to check the cache.", at_least=1)] = 8,
     layout: Annotated[Layout, Option("Of that check; padded is TRL's own.")] = "padded",
     attention_kernel: Annotated[AttentionKernel, Option("Of --layout packed on a GPU, as of precompute.")] = "default",
+    gpus_per_worker: Annotated[int, Option("Spread the model over so many GPUs.", at_least=1)] = 1,
     **given,
 ) -> None:
     """Make a store from the cache of TRL's precompute pass, after scoring some pairs again.
@@ -327,15 +328,16 @@ def import_cmd(
     Dataset, model, max length, dtype and limit are those that TRL was given. The store has sums only: train takes it at its own max length
     and without --ld-alpha.
     """
-    config = PrecomputeConfig.of(given | {"layout": layout, "attention_kernel": attention_kernel})
+    more = {"layout": layout, "attention_kernel": attention_kernel, "gpus_per_worker": gpus_per_worker}
+    config = PrecomputeConfig.of(given | more)
     from quiet import quiet_libraries
 
     quiet_libraries()
-    from devices import device
+    from devices import devices
     from precompute.import_trl import import_trl
     from precompute.start import end
 
-    import_trl(config, cache, device(0), num_pairs)
+    import_trl(config, cache, devices(0, gpus_per_worker), num_pairs)
     end(config.ref_store, 0)
 
 
@@ -413,13 +415,15 @@ def verify_cmd(
     seed: Annotated[int, Option("Of the random choice.", at_least=0)] = 0,
     layout: Annotated[Layout | None, Option(default="the one the store was made in")] = None,
     attention_kernel: Annotated[AttentionKernel, Option("Of the packed layout on a GPU, as of precompute.")] = "default",
+    gpus_per_worker: Annotated[int, Option("Spread the model over so many GPUs.", at_least=1)] = 1,
 ) -> None:
     """Check a sealed store: checksums, row coverage, footers, values and counts; with --model also the numbers."""
     from store.bar import bar
     from store.verify import verify
 
     context = click.get_current_context()
-    needless = [name for name in ("revision", "num_pairs", "seed", "layout", "attention_kernel") if _given(context, name)]
+    of_model = ("revision", "num_pairs", "seed", "layout", "attention_kernel", "gpus_per_worker")
+    needless = [name for name in of_model if _given(context, name)]
     if model is None and needless:
         raise InputError("belongs to --model", where=", ".join(f"--{name.replace('_', '-')}" for name in needless))
     if model is not None:
@@ -427,11 +431,11 @@ def verify_cmd(
 
         quiet_libraries()
         from precompute.scorer.api import config_sha256
-        from precompute.verify_model import device_for, verify_model
+        from precompute.verify_model import devices_for, verify_model
 
         # What cannot be is seen before every byte of the store is read.
         config = config_sha256(model, revision)
-        where, layout = device_for(ref_store, layout, attention_kernel)
+        where, layout = devices_for(ref_store, model, revision, layout, attention_kernel, gpus_per_worker)
     with bar("verifying", "shards") as progress:
         findings = verify(ref_store, progress)
     for finding in findings:

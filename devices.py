@@ -60,20 +60,39 @@ def hidden() -> bool:
 def device(local_rank: int):
     """The GPU of this local rank, or the CPU of a machine that has none. Raises InputError when there are GPUs but not this one, or when
     it does not compute."""
+    return devices(local_rank, 1)[0]
+
+
+def devices(local_rank: int, number: int) -> tuple:
+    """The `number` GPUs of this local rank, next to each other; one: or the CPU. Raises InputError as `device`, and where there is no GPU for
+    several."""
     import torch
 
     gpus = num_gpus()
+    if gpus == 0 and number > 1:
+        raise InputError("there are no GPUs", where=f"--gpus-per-worker {number}", next="Leave it out on the CPU.")
     if gpus == 0:
-        return torch.device("cpu")
-    if gpus == 1 and not _shares_its_gpus():
+        return (torch.device("cpu"),)
+    if gpus == number and not _shares_its_gpus(number):
         local_rank = 0  # srun --gpus-per-task=1: of each task's GPUs, the only one is number 0
-    if local_rank >= gpus:
+    if (local_rank + 1) * number > gpus:
+        most = gpus // number
         raise InputError(
-            f"no GPU for local rank {local_rank}",
-            expected=f"at most {gpus} process{'es' if gpus > 1 else ''} on this machine",
+            f"no GPU for local rank {local_rank}" if number == 1 else f"no {number} GPUs for local rank {local_rank}",
+            where=None if number == 1 else f"--gpus-per-worker {number}",
+            expected=f"at most {most} process{'' if most == 1 else 'es'} on this machine",
+            found=None if number == 1 else f"{gpus} GPUs",
             next="Lower --num-workers or the launcher's count.",
         )
-    where = torch.device("cuda", local_rank)
+    mine = tuple(torch.device("cuda", index) for index in range(local_rank * number, (local_rank + 1) * number))
+    for each in mine:
+        _refuse_unusable(each)
+    return mine
+
+
+def _refuse_unusable(where) -> None:
+    import torch
+
     try:
         torch.zeros(1, device=where).add_(1).item()
     except RuntimeError as error:  # no kernels for this GPU, taken by another process, in error, …
@@ -85,31 +104,32 @@ def device(local_rank: int):
             found=f"sm_{major}{minor}, a driver for {driver()}, torch {torch.__version__} {_built_for()}",
             next=f"Look at it with nvidia-smi; for another PyTorch: uv pip install --reinstall torch --torch-backend=auto. {ON_PURPOSE}",
         ) from error
-    return where
 
 
-def describe(where, num_processes: int) -> str:
+def describe(where, num_processes: int, per_process: int = 1) -> str:
     """`device: 4 x NVIDIA B200 (torch 2.13.0+cu130)`: what a command prints first."""
     import torch
 
-    several = f"{num_processes} x " if num_processes > 1 else ""
+    number = num_processes * per_process
+    several = f"{number} x " if number > 1 else ""
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)
     else:
         name = (
             f"CPU with {torch.get_num_threads()} threads, {'CUDA_VISIBLE_DEVICES hides all GPUs' if hidden() else 'no GPU found'}"
         )
-    return f"device: {several}{name} (torch {torch.__version__})"
+    each = f", {per_process} to a worker" if per_process > 1 else ""
+    return f"device: {several}{name}{each} (torch {torch.__version__})"
 
 
-def _shares_its_gpus() -> bool:
-    """Whether the GPUs that this process sees are those of other local processes as well. A launcher's processes all see the same; a task
-    of srun may have its own."""
+def _shares_its_gpus(number: int) -> bool:
+    """Whether the GPUs that this process sees are those of other local processes as well, each of which wants `number`. A launcher's processes
+    all see the same; a task of srun may have its own."""
     environ = os.environ
     if "TORCHELASTIC_RUN_ID" in environ:
         return True
     tasks = int(re.match(r"\d*", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0] or 1)
-    return tasks > int(environ.get("SLURM_GPUS_ON_NODE") or tasks)
+    return tasks * number > int(environ.get("SLURM_GPUS_ON_NODE") or tasks * number)
 
 
 def _openable_gpus() -> list[Path]:

@@ -48,14 +48,22 @@ def place_among_all(process: Process) -> tuple[int, int]:
     return (task - first) % tasks * process.world + process.rank, tasks * process.world
 
 
-def num_local_processes(requested: int | None, default_without_gpu: int) -> int:
-    """One per GPU, else `default_without_gpu`; or what was requested. Raises InputError for more than there are GPUs, and for GPUs that do
-    not work."""
+def num_local_processes(requested: int | None, default_without_gpu: int, gpus_per_process: int = 1) -> int:
+    """One per GPU, or per `gpus_per_process` of them, else `default_without_gpu`; or what was requested. Raises InputError for more than there are
+    GPUs, for GPUs that would be left over, and for GPUs that do not work."""
     gpus = num_gpus()
+    most = gpus // gpus_per_process
+    if gpus and (most == 0 or (requested is None and gpus % gpus_per_process)):
+        raise InputError(
+            "more GPUs than there are" if most == 0 else "some GPUs would do nothing",
+            where=f"--gpus-per-worker {gpus_per_process}",
+            expected=f"a divisor of {gpus}, the number of GPUs here",
+            next="Use one that is." if most == 0 else f"Use one that is, or --num-workers {most}.",
+        )
     if requested is None:
-        return gpus or default_without_gpu
-    if requested < 1 or (gpus and requested > gpus):
-        raise InputError("no such number of processes", expected=f"1 to {gpus or 'the number of cores'}", found=requested)
+        return most or default_without_gpu
+    if requested < 1 or (gpus and requested > most):
+        raise InputError("no such number of processes", expected=f"1 to {most if gpus else 'the number of cores'}", found=requested)
     return requested
 
 

@@ -144,6 +144,14 @@ class PrecomputeConfig(StoreConfig):
             type=IntegerOrAuto(),
         ),
     ] = 16384
+    gpus_per_worker: Annotated[
+        int,
+        Option(
+            "Spread the model over so many GPUs, for one that does not fit on a single one; a worker for each so many.",
+            SPEED,
+            at_least=1,
+        ),
+    ] = 1
     attn_implementation: Annotated[
         str | None,
         Option("With --layout padded; packed has its own.", SPEED, default="sdpa, or eager where a model has no sdpa"),
@@ -292,6 +300,12 @@ def completed(given: dict[str, Any]) -> tuple[Preset | None, dict[str, Any]]:
             "the packed layout brings its own attention",
             where=f"--attn-implementation {given['attn_implementation']}",
             next="Leave it out, or use --layout padded.",
+        )
+    if given.get("torch_compile") and given.get("gpus_per_worker", 1) > 1:
+        raise InputError(
+            "compiled layers were never run on several GPUs of one worker",
+            where=f"--torch-compile, --gpus-per-worker {given['gpus_per_worker']}",
+            next="Leave out --torch-compile.",
         )
     if "://" in str(given["ref_store"]).replace(":/", "://", 1):
         raise InputError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers import PreTrainedModel
 
 from precompute.config import PrecomputeConfig
@@ -31,7 +32,11 @@ NAMES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def import_trl(
-    config: PrecomputeConfig, cache: Path, device, num_pairs: int = 8, progress: Callable[[int, int], None] | None = None
+    config: PrecomputeConfig,
+    cache: Path,
+    devices: tuple[torch.device, ...],
+    num_pairs: int = 8,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Make the store `config.ref_store` from TRL's `cache` for the same dataset, model and max_length.
 
@@ -39,8 +44,8 @@ def import_trl(
     pairs.
     """
     cached = read_cache(cache)
-    use_kernel(config.attention_kernel, layout=config.layout, device=device, dtype=config.dtype)
-    rows, tokenizer, model, identity = load_inputs(config, device)
+    use_kernel(config.attention_kernel, layout=config.layout, device=devices[0], dtype=config.dtype)
+    rows, tokenizer, model, identity = load_inputs(config, devices)
     identity = replace(identity, scorer_version=SUMS_ONLY)
     blocks = [
         tokenize_rows(tokenizer, rows.select(identity.rows_of(i)).to_list(), identity.rows_of(i).start, config.max_length)

@@ -28,7 +28,7 @@ def start(config: PrecomputeConfig, num_workers: int | None) -> None:
 def _start(config: PrecomputeConfig, num_workers: int | None) -> None:
     process = launch.launched()
     if process is None:
-        num_workers = launch.num_local_processes(num_workers, default_without_gpu=1)
+        num_workers = launch.num_local_processes(num_workers, default_without_gpu=1, gpus_per_process=config.gpus_per_worker)
         if num_workers > 1:
             end(config.ref_store, launch.run_workers(num_workers), config.show)
         process = launch.Process(rank=0, world=1, local_rank=0)

@@ -6,20 +6,38 @@ import torch
 
 import devices
 from precompute.scorer import AttentionKernel, Layout
-from precompute.scorer.api import TOLERANCE, load_model, named_kernel, rescore, self_test, use_kernel, weights_sha256
+from precompute.scorer.api import (
+    TOLERANCE,
+    enough_memory,
+    load_model,
+    named_kernel,
+    refuse_too_large,
+    rescore,
+    self_test,
+    use_kernel,
+    weights_sha256,
+)
 from store.errors import StoreError
 from store.reader import open_store
 
 
-def device_for(ref_store: Path, layout: Layout | None, attention_kernel: AttentionKernel) -> tuple[torch.device, Layout]:
+def devices_for(
+    ref_store: Path,
+    model: str,
+    revision: str | None,
+    layout: Layout | None,
+    attention_kernel: AttentionKernel,
+    gpus_per_worker: int,
+) -> tuple[tuple[torch.device, ...], Layout]:
     """Where and in which layout the sample will be scored; `layout` None: the one that made the store.
 
-    InputError where layout, device, dtype and kernel do not fit: known before every byte of the store is read.
+    InputError where layout, devices, dtype, kernel and the model's size do not fit: known before every byte of the store is read.
     """
     store = open_store(ref_store, check="none")
     layout = layout or store.manifest.provenance.get("layout", "packed")  # what made it; an imported store does not say
-    where = devices.device(0)
-    use_kernel(attention_kernel, layout=layout, device=where, dtype=store.identity.dtype)
+    where = devices.devices(0, gpus_per_worker)
+    use_kernel(attention_kernel, layout=layout, device=where[0], dtype=store.identity.dtype)
+    refuse_too_large(model, revision=revision, dtype=store.identity.dtype, devices=where)
     return where, layout
 
 
@@ -31,11 +49,11 @@ def verify_model(
     *,
     num_pairs: int,
     seed: int,
-    where: torch.device,
+    where: tuple[torch.device, ...],
     layout: Layout,
     attention_kernel: AttentionKernel = "default",
 ) -> None:
-    """Print what is found. `config`: sha256 of the model's configuration; `where` and `layout`: device_for's.
+    """Print what is found. `config`: sha256 of the model's configuration; `where` and `layout`: devices_for's.
 
     StoreError for weights or a configuration that are not the store's, and where they give other numbers here.
     """
@@ -46,7 +64,8 @@ def verify_model(
     others = [what for what, now, stored in checked if now != stored]
     with named_kernel(attention_kernel):
         print(self_test(loaded, identity.dtype, layout=layout))
-    result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
+    with enough_memory("while scoring again", f"Spread the model: --gpus-per-worker {2 * len(where)}"):
+        result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
     of = "completion's mean" if identity.sums_only else "token"
     print(
         f"{result.num_pairs} pairs ({result.num_tokens:,} tokens) scored again in other batches, {layout}: |difference| per {of} "

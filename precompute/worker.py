@@ -37,6 +37,7 @@ from precompute.scorer.api import (
     attention_notice,
     chat_template_sha256,
     config_sha256,
+    enough_memory,
     give_back_freed_memory,
     keep_freed_memory,
     largest_budget,
@@ -46,6 +47,7 @@ from precompute.scorer.api import (
     named_compiler,
     named_kernel,
     refuse_dynamic,
+    refuse_too_large,
     score_batches,
     self_test,
     tokenizer_sha256,
@@ -82,17 +84,21 @@ def run(config: PrecomputeConfig, process: Process) -> Manifest:
     Should another worker die meanwhile, its shards are taken over: whoever returns leaves a sealed store behind. Raises InputError for
     unusable input, StoreError for a store that is damaged or of another identity, Stopped when told to stop; what is published stays.
     """
-    with listening() as stop:
+    budget = "--tokens-per-batch auto, which measures" if config.tokens_per_batch != "auto" else "--tokens-per-batch with a number"
+    advice = f"Use {budget}, or spread the model: --gpus-per-worker {2 * config.gpus_per_worker}"
+    with listening() as stop, enough_memory("while scoring", advice):
         return _run(config, process, stop)
 
 
 def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manifest:
-    where = devices.device(process.local_rank)
+    mine = devices.devices(process.local_rank, config.gpus_per_worker)
+    where = mine[0]
     if config.show == "text" and process.rank == 0:
-        print(devices.describe(where, process.world), file=sys.stderr)
+        print(devices.describe(where, process.world, len(mine)), file=sys.stderr)
         if (preset := PRESETS.get(config.preset or "")) is not None and preset.note:
             print(preset.note, file=sys.stderr)
-    use_kernel(config.attention_kernel, layout=config.layout, device=where, dtype=config.dtype)
+    for each in mine:
+        use_kernel(config.attention_kernel, layout=config.layout, device=each, dtype=config.dtype)
     use_compiler(config.torch_compile, layout=config.layout)
     # What an earlier run left, seen before this run's other workers can add to it: they do not wait for this one.
     before, sealed = parts_in(config.ref_store), manifest_path(config.ref_store).exists()
@@ -101,7 +107,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     # Before the weights are read, for files may change meanwhile; a hub's do not, and asking for a model that is not there takes its time.
     early = Path(config.model).is_dir() or manifest_path(config.ref_store).exists()
     stamp = checkpoint_stamp(config.model, config.revision) if early else None
-    rows, tokenizer, model, identity = load_inputs(config, where, weights_known(config.ref_store, stamp))
+    rows, tokenizer, model, identity = load_inputs(config, mine, weights_known(config.ref_store, stamp))
     if where.type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
     command = config.command()
@@ -194,6 +200,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "layout": config.layout,
         "attention_kernel": config.attention_kernel,
         "torch_compile": config.torch_compile,
+        "gpus_per_worker": config.gpus_per_worker,
         "threads_per_worker": torch.get_num_threads(),
         "command": command.to_json(),
         **({"reuse_checked": checked} if checked else {}),
@@ -212,12 +219,14 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
             held.release()
 
 
-def load_inputs(config: PrecomputeConfig, where: torch.device, known_weights: str | None = None) -> tuple:
+def load_inputs(config: PrecomputeConfig, where: tuple[torch.device, ...], known_weights: str | None = None) -> tuple:
     """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed.
     Where the hash of the weights is known (precompute/sealed.py) the model is None: there is nothing to score."""
+    if known_weights is None:
+        refuse_too_large(config.model, revision=config.revision, dtype=config.dtype, devices=where)
     given_up = Event()
     with ThreadPoolExecutor(3) as background, _set_at_the_end(given_up):
-        needed = where.type == "cpu" and config.layout == "packed" and known_weights is None
+        needed = where[0].type == "cpu" and config.layout == "packed" and known_weights is None
         compiled = background.submit(library) if needed else None  # takes a second where it is the first time
         rows, parts = _load_all(config)
         fingerprint = background.submit(check_and_fingerprint, rows)  # while the model loads

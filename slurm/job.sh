@@ -20,12 +20,31 @@ if [[ -z ${PYTORCH_ALLOC_CONF:-} ]]; then
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 fi
 
-# Workers or ranks per node: its GPUs, whatever their number and kind, or REFDPO_RANKS_PER_NODE (for nodes without any).
-ranks=${REFDPO_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-((ranks > 0)) || ranks=1
-cpus=$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
-cpus_per_rank=$((cpus / ranks > 0 ? cpus / ranks : 1))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_rank}
+# share_node NUMBER: workers or ranks per node, one for each NUMBER of its GPUs, whatever their kind, or REFDPO_RANKS_PER_NODE (for nodes without
+# any); and their CPUs.
+threads=${OMP_NUM_THREADS:-}
+share_node() {
+    local gpus=${SLURM_GPUS_ON_NODE:-0}
+    ((gpus > 0)) || gpus=$1
+    if [[ -z ${REFDPO_RANKS_PER_NODE:-} ]] && ((gpus % $1)); then
+        echo "Error: --gpus-per-worker $1: some GPUs would do nothing; expected a divisor of $gpus, the number of GPUs of this node." >&2
+        exit 2
+    fi
+    ranks=${REFDPO_RANKS_PER_NODE:-$((gpus / $1))}
+    cpus=$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+    cpus_per_rank=$((cpus / ranks > 0 ? cpus / ranks : 1))
+    export OMP_NUM_THREADS=${threads:-$cpus_per_rank}
+}
+share_node 1
+
+# gpus_per_worker OPTION…: what precompute reads in its options, those of a --config file too; 1 where they are wrong, which it then says itself.
+gpus_per_worker() {
+    PYTHONPATH=$ROOT "$PYTHON" - "$@" 2>/dev/null <<'END' || echo 1
+import sys
+import cli
+print(cli.main.commands["precompute"].make_context("precompute", sys.argv[1:]).params["gpus_per_worker"])
+END
+}
 
 # sbatch_options: what this job was submitted with, for the command that is printed to be typed again.
 sbatch_options() {

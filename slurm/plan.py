@@ -40,6 +40,12 @@ def plan(parse: Parse, options: dict[str, Any]) -> Submission:
     except InputError as error:
         raise InputError(error.what, where=f"--dataset {' + '.join(dataset)}, --precompute-args", next=error.next) from error
     check_precompute(reference, preset)
+    if phase_1.num_gpus % reference["gpus_per_worker"]:
+        raise InputError(
+            "some GPUs of a node would do nothing",
+            where=f"--precompute-args --gpus-per-worker {reference['gpus_per_worker']}",
+            expected=f"a divisor of {phase_1.num_gpus}, the GPUs per node of phase 1",
+        )
     ref_store = reference["ref_store"]
 
     first = first_of_train(ref_store, reference["chat_template"], reference["layout"], options["train_args"])

@@ -47,7 +47,8 @@ def run(command: list, env: dict[str, str], code: int = 0) -> str:
 
 def test_scoring():
     env = environment(3 if not torch.cuda.is_available() else torch.cuda.device_count())
-    print(run(["-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "on_gpu" / "scoring.py"], env))
+    files = [TESTS / "on_gpu" / name for name in ("scoring.py", "spread.py")]
+    print(run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files], env))
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,10 @@ OWN = "--dataset pairs.jsonl --precompute-args '--model ./model --max-length 64 
         ("--dataset think --train-nodes 3 --train-args '--per-device-train-batch-size 1'", "does not divide over 12 devices"),
         ("--dataset think --gpus h100", "expected 4, or with the kind: h100:4"),
         ("--dataset think --gpus gpu:h100:4", "expected 4, or with the kind: h100:4"),
+        (
+            "--dataset think --precompute-gpus h100:4 --precompute-args '--gpus-per-worker 3'",
+            "--precompute-args --gpus-per-worker 3: some GPUs of a node would do nothing; expected a divisor of 4",
+        ),
         ("--dataset think --precompute-gpus h100:64", "fewer CPUs than GPUs; expected at least 64"),
         ("--dataset think --sbatch-args '\"'", "--sbatch-args: cannot be split into words"),
     ],
@@ -193,6 +197,23 @@ def test_a_job_takes_its_workers_from_its_gpus(tmp_path):
         ({"REFDPO_RANKS_PER_NODE": "3", "SLURM_CPUS_PER_TASK": "2"}, "3 2 1 1"),
     ):
         assert in_job(say, tmp_path, **environ) == said
+
+
+def test_a_job_takes_fewer_workers_where_each_has_several_gpus(tmp_path):
+    (tmp_path / "run.yaml").write_text("gpus_per_worker: 4\n")
+    node = {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"}
+    say = 'echo "$ranks $cpus_per_rank $OMP_NUM_THREADS"'
+    for words, said in (
+        ("--dataset demo --gpus-per-worker 2", "2 16 16"),
+        ("--gpus-per-worker=2 --dataset demo", "2 16 16"),
+        ("--dataset demo --config run.yaml", "1 32 32"),
+        ("--dataset demo", "4 8 8"),
+        ("--dataset demo --no-such-option", "4 8 8"),
+    ):
+        assert in_job(f'share_node "$(gpus_per_worker {words})"\n{say}', tmp_path, **node) == said
+    wrong = 'error=$(share_node "$(gpus_per_worker --dataset demo --gpus-per-worker 3)" 2>&1); echo "$? $error"'
+    said = "2 Error: --gpus-per-worker 3: some GPUs would do nothing; expected a divisor of 4, the number of GPUs of this node."
+    assert in_job(wrong, tmp_path, **node) == said
 
 
 def test_a_job_works_where_it_was_submitted_and_leaves_the_sites_settings_alone(tmp_path):

@@ -39,6 +39,8 @@ ADVICE = {
     "padded": "Its padded batches mix their rows, so no batch of pairs gives it the log-probs that its reference has.",
 }
 
+FOR_ROOM = "Free memory (other processes?), or train on GPUs that have more: gradients and the optimizer come on top."
+
 
 def self_test_policy(
     model: PreTrainedModel, dtype: str, layout: Layout, adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None
@@ -56,7 +58,7 @@ def self_test_policy(
             return [each.float().cpu().numpy() for each in forward(any_model, sequences)]
 
     what = f"{layout} training" + (", compiled," if compiler_wanted() else "")
-    seen = compare(model, dtype, compute, what=what, advice=advice(ADVICE[layout]))
+    seen = compare(model, dtype, compute, what=what, advice=advice(ADVICE[layout]), for_room=FOR_ROOM)
     if (twin := twin_of(model)) is not None:
         sequences = made_up([7, 40, *(edge + 9 for edge in twin.lengths)], twin.model)
         trained = twin.model.requires_grad_(True) if adapt is None else adapt(twin.model)

@@ -14,7 +14,7 @@ from precompute.scorer.attention import (
     set_attention,
     use_kernel,
 )
-from precompute.scorer.budget import MOST, SHARE, MemoryWatch, free_memory, largest_budget
+from precompute.scorer.budget import MOST, SHARE, MemoryWatch, enough_memory, free_memory, largest_budget
 from precompute.scorer.compiled import advice, compiler_wanted, named_compiler, use_compiled_layers, use_compiler
 from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory, use_fast_linears
 from precompute.scorer.forwards import replaced
@@ -28,6 +28,7 @@ from precompute.scorer.model import (
     load_in_4bit,
     load_model,
     load_tokenizer,
+    refuse_too_large,
     tokenizer_sha256,
     versions,
     weights_sha256,

@@ -68,6 +68,7 @@ class PackedLayout:
         shared = len(gather) != sum(num_queries)
         self.cu_keys = torch.tensor(np.cumsum([0, *num_keys]), dtype=torch.int32, device=device) if shared else self.cu_queries
         self.gather = torch.from_numpy(gather).to(device) if shared else None
+        self._elsewhere: dict[torch.device, PackedLayout] = {}
 
     @cached_property
     def paths(self) -> kernels.Paths:
@@ -79,7 +80,16 @@ class PackedLayout:
         other.cu_queries = move(self.cu_queries)
         other.cu_keys = other.cu_queries if self.cu_keys is self.cu_queries else move(self.cu_keys)
         other.gather = None if self.gather is None else move(self.gather)
+        other._elsewhere = {}
         return other
+
+    def on(self, device: torch.device) -> "PackedLayout":
+        """The same on `device`, copied there once, however many layers ask."""
+        if self.cu_queries.device == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.moved(lambda tensor: tensor.to(device))
+        return self._elsewhere[device]
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,11 @@ class PackedMask:
 
     layout: PackedLayout
     window: int | None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedMask":
+        """As a tensor's: for layers on `device` (spread.py)."""
+        layout = self.layout.on(device)
+        return self if layout is self.layout else PackedMask(layout, self.window)
 
     def __getitem__(self, part: object) -> "PackedMask":
         """Itself, for the whole of it, which Gemma 4 takes before some of its layers. Raises TypeError for less."""

@@ -8,7 +8,8 @@ The made-up batches have as many keys per token as a real one may have (packing.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from precompute.scorer import Layout
 from precompute.scorer.cpu import give_back_freed_memory
 from precompute.scorer.packing import Sequence
 from precompute.scorer.scoring import score_batches
+from precompute.scorer.spread import devices_of
 from store.errors import InputError
 
 PROBES = (1024, 4096)
@@ -31,13 +33,23 @@ MOST = 65536
 """More tokens gain nothing: throughput is flat long before, and what sharing still wins is under 1 % (docs/notebook/tokens_per_batch.md)."""
 
 
+@contextmanager
+def enough_memory(what: str, advice: str) -> Iterator[None]:
+    """Around what needs a GPU's memory: too little is an InputError that says `what` ran out, and with `advice` which option helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"out of memory {what}", found=" ".join(str(error).split())[:300], next=advice) from error
+
+
 def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, num_workers: int) -> int:
     """Tokens per batch, a multiple of 1,024 or `max_length`, for this model on its device; `num_workers` share a host's memory.
 
     InputError where not even one sequence of `max_length` tokens fits, or where memory cannot be measured.
     """
     kind = model.device.type
-    free = free_memory(model.device) * SHARE[kind] / (num_workers if kind == "cpu" else 1)
+    share = SHARE[kind] / (num_workers if kind == "cpu" else 1)
+    free = share * np.array([free_memory(device) for device in devices_of(model)])
     try:
         small, large = (_peak(model, layout, tokens) for tokens in PROBES)
     except torch.cuda.OutOfMemoryError as error:
@@ -45,12 +57,14 @@ def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, n
             "the measured batch itself does not fit the memory",
             where="--tokens-per-batch auto",
             expected=f"room for {PROBES[1]:,} tokens",
-            found=f"{free / 2**30:.2f} GiB, {SHARE[kind]:.0%} of what is free",
+            found=f"{free.min() / 2**30:.2f} GiB, {SHARE[kind]:.0%} of what is free",
             next="Free memory (other processes?), or give --tokens-per-batch a number.",
         ) from error
-    per_token = max(1.0, (large - small) / (PROBES[1] - PROBES[0]))
-    constant = max(0.0, small - per_token * PROBES[0])
-    fitting = math.floor((free - constant) / per_token)
+    per_token = np.maximum(1.0, (large - small) / (PROBES[1] - PROBES[0]))
+    constant = np.maximum(0.0, small - per_token * PROBES[0])
+    tightest = int(np.argmin((free - constant) / per_token))  # of several devices
+    room, per_token, constant = (float(each[tightest]) for each in np.broadcast_arrays(free, per_token, constant))
+    fitting = math.floor((room - constant) / per_token)
     while fitting >= max_length:
         budget = max(max_length, min(MOST, fitting) // 1024 * 1024)
         if kind == "cpu" or _fits(model, layout, budget):
@@ -60,7 +74,7 @@ def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, n
         "a batch of one sequence of --max-length tokens does not fit the memory",
         where="--tokens-per-batch auto",
         expected=f"{(constant + per_token * max_length) / 2**30:.1f} GiB for {max_length:,} tokens",
-        found=f"{free / 2**30:.1f} GiB, {SHARE[kind]:.0%} of what is free",
+        found=f"{room / 2**30:.1f} GiB, {SHARE[kind]:.0%} of what is free",
         next="Free memory (other processes?), lower --max-length, or give --tokens-per-batch a number.",
     )
 
@@ -79,10 +93,14 @@ def _probe(model: PreTrainedModel, layout: Layout, num_tokens: int) -> None:
         pass
 
 
-def _peak(model: PreTrainedModel, layout: Layout, num_tokens: int) -> int:
-    """Bytes that a forward of `num_tokens` takes beyond what is held before it, at their most."""
+def _peak(model: PreTrainedModel, layout: Layout, num_tokens: int) -> np.ndarray:
+    """Bytes that a forward of `num_tokens` takes beyond what is held before it, at their most: float64, one for each of the model's devices."""
     _probe(model, layout, 128)  # libraries allocate workspace at first use
-    return MemoryWatch(model.device).most(lambda: _probe(model, layout, num_tokens))
+    watches = [MemoryWatch(device) for device in devices_of(model)]
+    for watch in watches:
+        watch.start()
+    _probe(model, layout, num_tokens)
+    return np.array([watch.most_since() for watch in watches], dtype=np.float64)
 
 
 class MemoryWatch:
@@ -95,19 +113,27 @@ class MemoryWatch:
 
     def most(self, work: Callable[[], object]) -> int:
         """The most of them while `work()` runs. Raises InputError where a host does not tell."""
+        self.start()
+        work()
+        return self.most_since()
+
+    def start(self) -> None:
+        """Let the peak begin with what is held now. Raises InputError where a host does not tell."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            work()
-            return torch.cuda.max_memory_allocated(self.device) - self.before
+            return
         give_back_freed_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # sets the peak (VmHWM) back to what is resident now
-            work()
-            return _status("VmHWM") - self.before
         except OSError as error:
             raise InputError(
                 f"memory cannot be measured here: {error}", where="--tokens-per-batch auto", next="Give a number, such as 16384."
             ) from error
+
+    def most_since(self) -> int:
+        """The most of them since `start`."""
+        most = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+        return most - self.before
 
     def _held(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _status("VmRSS")

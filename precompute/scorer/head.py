@@ -58,11 +58,11 @@ def _measured(model: PreTrainedModel) -> Head:
     def after_body(module, given, outputs):
         seen["hidden"] = outputs[0]
 
-    def at_head(module, given, product):
+    def before_logits(module, given, product):
         seen["input"] = given[0]
         return ramp.to(product.device).expand(*product.shape).clone()
 
-    hooks = [body.register_forward_hook(after_body), linear.register_forward_hook(at_head)]
+    hooks = [body.register_forward_hook(after_body), linear.register_forward_hook(before_logits)]
     training = model.training
     try:
         tokens = torch.tensor([[1, 2]], device=model.device) % num_entries
@@ -74,7 +74,8 @@ def _measured(model: PreTrainedModel) -> Head:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    if "input" not in seen or seen["input"].shape != seen["hidden"].shape or not torch.equal(seen["input"], seen["hidden"]):
+    at_head = seen.get("input")
+    if at_head is None or at_head.shape != seen["hidden"].shape or not torch.equal(at_head, seen["hidden"].to(at_head.device)):
         raise _unusual(model, "the packed layout does not compute what lies between this model's body and its head")
     if logits.shape[-1] != num_entries:
         raise _unusual(

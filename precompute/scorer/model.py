@@ -9,10 +9,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 from precompute.scorer.adapter import Adapter, adapter_of, merged
+from precompute.scorer.budget import SHARE, free_memory
+from precompute.scorer.spread import devices_of, largest_share, spread
 from store.errors import InputError
 
 VOLATILE_CONFIG = {
@@ -25,6 +34,8 @@ VOLATILE_CONFIG = {
     "attn_implementation",
 }
 """Entries of config.json that do not change what a model computes in a given dtype."""
+
+GIB = 2**30
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
@@ -46,10 +57,15 @@ def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Pat
 
 
 def load_model(
-    name: str, *, revision: str | None, dtype: str, device: torch.device, attn_implementation: str | None = None
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: torch.device | tuple[torch.device, ...],
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in evaluation mode on `device`, an adapter merged into its base. Raises InputError, also when a weight is
-    missing from the checkpoint.
+    """The causal language model in evaluation mode on `device`, or spread over several (spread.py), an adapter merged into its base. Raises
+    InputError, also when a weight is missing from the checkpoint.
 
     `attn_implementation`: of the plain forward, by transformers' name. None: PyTorch's scaled dot product attention (sdpa), or eager where
     transformers has no other for this architecture, which `attention_notice` says.
@@ -59,7 +75,45 @@ def load_model(
         model = _whole_model(name, revision, dtype, attn_implementation)
     else:
         model = merged(load_base(adapter, dtype=dtype, attn_implementation=attn_implementation), adapter)
-    return model.to(device).eval().requires_grad_(False)
+    devices = device if isinstance(device, tuple) else (device,)
+    spread(model, devices)
+    if len(found := devices_of(model)) != len(devices):
+        raise InputError(
+            "this model has fewer parts that could lie on GPUs of their own",
+            where=f"--gpus-per-worker {len(devices)}",
+            expected=f"at most {len(found)} for {type(model).__name__}",
+        )
+    return model.eval().requires_grad_(False)
+
+
+def refuse_too_large(name: str, *, revision: str | None, dtype: str, devices: tuple[torch.device, ...]) -> None:
+    """InputError where the weights do not fit the free memory of the GPUs that they would be spread over; it names the number that is enough.
+    To be asked before any weight is read: they are counted by the configuration."""
+    if devices[0].type != "cuda":
+        return
+    adapter = adapter_of(name, revision)
+    base, base_revision = (name, revision) if adapter is None else (adapter.base, adapter.base_revision)
+    try:
+        config = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    except Exception as error:
+        raise _not_loadable("causal language model", base, base_revision, error) from error
+    room = min(map(free_memory, devices)) * SHARE["cuda"]
+    if (needed := largest_share(model, len(devices))) <= room:
+        return
+    there = torch.cuda.device_count()
+    enough = next((n for n in range(len(devices) + 1, there + 1) if there % n == 0 and largest_share(model, n) <= room), None)
+    on = f"on each of {len(devices)} GPUs" if len(devices) > 1 else "on one GPU"
+    raise InputError(
+        f"the model's weights do not fit {on}",
+        where=name,
+        expected=f"{needed / GIB:.3g} GiB, for {model.num_parameters():,} parameters in {dtype}",
+        found=f"{room / GIB:.3g} GiB, {SHARE['cuda']:.0%} of what is free",
+        next=f"Spread it: --gpus-per-worker {enough}"
+        if enough
+        else f"It needs larger GPUs, or more than the {there} that are here; or free memory (other processes?).",
+    )
 
 
 def load_base(adapter: Adapter, *, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:

@@ -107,9 +107,10 @@ def ready_to_score(model: PreTrainedModel):
 
 @torch.inference_mode()
 def score_packed(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Float32 [N] on the model's device: log p(target | everything up to its predictor). Inside `ready_to_score(model)` only."""
-    predictors, targets = (torch.from_numpy(each).to(model.device) for each in (batch.predictors, batch.targets))
-    return _head_logps(model, packed_hidden(model, batch), predictors, targets)
+    """Float32 [N] on the head's device: log p(target | everything up to its predictor). Inside `ready_to_score(model)` only."""
+    device = model.get_output_embeddings().weight.device
+    predictors, targets = (torch.from_numpy(each).to(device) for each in (batch.predictors, batch.targets))
+    return _head_logps(model, packed_hidden(model, batch).to(device), predictors, targets)
 
 
 def _head_logps(model: PreTrainedModel, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -177,8 +178,8 @@ def score_padded(model: PreTrainedModel, sequences: list[Sequence]) -> list[np.n
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     results = []
     for row, sequence in enumerate(sequences):
-        scored = torch.from_numpy(sequence.scored).to(model.device)
+        scored = torch.from_numpy(sequence.scored).to(logits.device)
         log_probs = logits[row, scored - 1].float().log_softmax(dim=-1)
-        targets = input_ids[row, scored, None]
+        targets = input_ids[row].to(logits.device)[scored, None]
         results.append(log_probs.gather(1, targets)[:, 0].cpu().numpy())
     return results

@@ -19,9 +19,11 @@ import torch
 from transformers import PreTrainedModel
 
 from precompute.scorer import Layout
+from precompute.scorer.budget import enough_memory
 from precompute.scorer.compiled import advice, compiler_wanted
 from precompute.scorer.packing import MIN_SHARED, Sequence
 from precompute.scorer.scoring import score
+from precompute.scorer.spread import devices_of
 from precompute.scorer.twin import lengths_of, twin_of
 from store.errors import InputError
 
@@ -75,11 +77,18 @@ def self_test(model: PreTrainedModel, dtype: str, *, layout: Layout = "packed", 
         advice=advice("Use --layout padded for this model.")
         if layout == "packed"
         else "Its padded batches mix their rows: use --tokens-per-batch 1, which scores each sequence alone.",
+        for_room=f"Free memory (other processes?), or spread the model: --gpus-per-worker {2 * len(devices_of(model))}",
     )
 
 
-def compare(model: PreTrainedModel, dtype: str, compute: Compute, *, what: str, advice: str) -> SelfTest:
-    """`compute` against the plain forward of each sequence alone, on the twin and on `model`. Raises InputError where they disagree."""
+def compare(model: PreTrainedModel, dtype: str, compute: Compute, *, what: str, advice: str, for_room: str) -> SelfTest:
+    """`compute` against the plain forward of each sequence alone, on the twin and on `model`. Raises InputError where they disagree, with `advice`,
+    and where memory runs out, with `for_room`."""
+    with enough_memory("in the self-test: beside the model there is no room for some short sequences", for_room):
+        return _compare(model, dtype, compute, what, advice)
+
+
+def _compare(model: PreTrainedModel, dtype: str, compute: Compute, what: str, advice: str) -> SelfTest:
     started = time.monotonic()
     twin = twin_of(model)
     of_twin = None
@@ -128,7 +137,7 @@ def attempt(compute: Callable, twin: PreTrainedModel, sequences: list[Sequence],
     """compute(twin, sequences); InputError too where the architecture's code cannot run what `compute` gives it."""
     try:
         return compute(twin, sequences)
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's code raises
         raise InputError(
@@ -148,7 +157,8 @@ def alone_logps(model: PreTrainedModel, sequence: Sequence) -> torch.Tensor:
     """Log-probs of the completion tokens, float32 [num_scored], by a plain forward of this sequence: no padding, no mask, no cache."""
     ids = torch.from_numpy(sequence.ids.astype(np.int64)).to(model.device)
     logits = model(input_ids=ids[None], use_cache=False).logits[0, sequence.num_prompt - 1 : -1]
-    return logits.float().log_softmax(dim=-1).gather(1, ids[sequence.num_prompt :, None])[:, 0]
+    targets = ids[sequence.num_prompt :, None].to(logits.device)
+    return logits.float().log_softmax(dim=-1).gather(1, targets)[:, 0]
 
 
 def made_up(lengths: list[int], model: PreTrainedModel) -> list[Sequence]:

@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from precompute.scorer.spread import devices_of, spread
+
 LAYERS = 2
 """Layers kept, at least; one of each kind."""
 
@@ -32,7 +34,7 @@ WIDTHS = re.compile(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner")
 
 @dataclass(frozen=True)
 class Twin:
-    """The small model, on the device of the large one, and the lengths at which it changes."""
+    """The small model, on the devices of the large one, and the lengths at which it changes."""
 
     model: PreTrainedModel
     lengths: tuple[int, ...]
@@ -77,7 +79,7 @@ def _random(kind: type[PreTrainedModel], config, like: PreTrainedModel) -> PreTr
                 parameter.normal_(0, 1.2 * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    small = small.to(like.device)
+    small = spread(small, devices_of(like))
     with torch.inference_mode():
         tokens = torch.arange(2, 2 * LENGTHS[0], device=like.device)[None]
         finite = torch.isfinite(small(input_ids=tokens, use_cache=False).logits).all()
