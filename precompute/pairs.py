@@ -10,7 +10,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ TURN_FIELDS = (
     "thinking",
     "reasoning",
 )
-"""The fields of a turn that chat templates read, and `reasoning`, which transformers hands them as reasoning_content. Others are bookkeeping (Dolci-Instruct's turns have 24 fields, nearly all null)."""
+"""The fields of a turn that chat templates read, and `reasoning`, which transformers hands them as reasoning_content. Others are bookkeeping (Dolci-Instruct's turns have 24 fields, nearly all null), but for those that the template at hand reads: see `_fields_read`."""
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"})
 
@@ -205,7 +207,8 @@ def _rendered(
 def _render(
     tokenizer, row: dict, index: int, special: re.Pattern | None, result: TokenizedRows, scored_turns: ScoredTurns | None
 ) -> _Rendered | None:
-    prompt, chosen, rejected = _sides(row, index)
+    fields = _fields_read(tokenizer, row, index)
+    prompt, chosen, rejected = _sides(row, index, fields)
     if isinstance(chosen, str) and scored_turns is not None:
         raise InputError(
             "plain text has no turns",
@@ -280,13 +283,49 @@ def _templated(tokenizer, prompt: list[dict], chosen: list[dict], rejected: list
     )
 
 
-def _sides(row: dict, index: int) -> tuple:
+def _fields_read(tokenizer, row: dict, index: int) -> tuple[str, ...]:
+    """TURN_FIELDS, and the row's further fields that the template reads: it names them, and without them it writes another text.
+
+    The name alone is not enough: a turn's `id` is bookkeeping though a template reads a call's, and it would part turns that are the same.
+    """
+    turns = [turn for name in ("prompt", "chosen", "rejected") if isinstance(row.get(name), list) for turn in row[name]]
+    filled = {name for turn in turns if isinstance(turn, dict) for name, value in turn.items() if value is not None}
+    unknown = filled.difference(TURN_FIELDS)
+    if not unknown or tokenizer.chat_template is None:
+        return TURN_FIELDS
+    templates = tokenizer.chat_template  # one, or several by name
+    words = _words_of("\n".join(templates.values()) if isinstance(templates, dict) else templates)
+    further = sorted(name for name in unknown if _words_of(name) <= words)
+    if not further:
+        return TURN_FIELDS
+    kwargs = _template_kwargs(row, index)
+
+    def conversations(fields: list[str]) -> list[str]:
+        prompt, chosen, rejected = _sides(row, index, (*TURN_FIELDS, *fields))
+        sides = ((prompt or []) + chosen, (prompt or []) + rejected)
+        return [tokenizer.apply_chat_template(turns, tokenize=False, **kwargs) for turns in sides]
+
+    written = conversations(further)
+    for name in list(further):
+        without = [other for other in further if other != name]
+        with suppress(Exception):  # a template that fails cannot do without the field
+            if conversations(without) == written:
+                further = without
+    return (*TURN_FIELDS, *further)
+
+
+@lru_cache
+def _words_of(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))
+
+
+def _sides(row: dict, index: int, fields: tuple[str, ...]) -> tuple:
     """(prompt, chosen, rejected) of a row: three strings, or three lists of turns of which chosen and rejected follow the prompt."""
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if isinstance(chosen, list):
-        chosen, rejected = _turns(chosen, "chosen", index), _turns(rejected, "rejected", index)
+        chosen, rejected = _turns(chosen, "chosen", index, fields), _turns(rejected, "rejected", index, fields)
         if isinstance(prompt, list):
-            prompt = _turns(prompt, "prompt", index)
+            prompt = _turns(prompt, "prompt", index, fields)
             if prompt and prompt == chosen[: len(prompt)] == rejected[: len(prompt)]:
                 raise InputError(
                     "chosen and rejected begin with the turns of the prompt, which would be scored twice",
@@ -327,8 +366,8 @@ def _split_at_divergence(chosen, rejected) -> tuple:
     return chosen[:split], chosen[split:], rejected[split:]
 
 
-def _turns(turns: list, side: str, index: int) -> list[dict]:
-    """The turns with the fields that templates read, without null fields; null content, which is counted, transformers drops itself."""
+def _turns(turns: list, side: str, index: int, fields: tuple[str, ...]) -> list[dict]:
+    """The turns with `fields`, without null fields; null content, which is counted, transformers drops itself."""
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
             raise InputError(
@@ -340,7 +379,7 @@ def _turns(turns: list, side: str, index: int) -> list[dict]:
     return [
         {
             name: _content(turn.get(name), f"row {index}, {side}") if name == "content" else _without_nulls(turn[name])
-            for name in TURN_FIELDS
+            for name in fields
             if name == "content" or turn.get(name) is not None
         }
         for turn in turns

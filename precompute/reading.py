@@ -23,7 +23,6 @@ from datasets.builder import Key
 
 from precompute.columns import ColumnOptions, beside, has_content, noticed, says_something, scored, source_type
 from precompute.files import COMPRESSIONS, kind_of
-from precompute.pairs import TURN_FIELDS
 from store.errors import InputError
 
 JSON_SUFFIX = ".json"
@@ -78,7 +77,7 @@ def read_files(files: list[Path], options: ColumnOptions, source: str) -> datase
     """The rows of all `files`, which are of one kind, in order. InputError names the file and line that cannot be read."""
     # Under a name of its own: the cache must not serve what another version read differently.
     builder = Files(
-        dataset_name="refdpo-rows-3",
+        dataset_name="refdpo-rows-4",
         data_files={"rows": [str(file.absolute()) for file in files]},
         options=options,
         sizes=tuple(file.stat().st_size for file in files),
@@ -400,12 +399,8 @@ def _named(shape: object) -> str:
 def _arrow_type(shape: object, turns: bool) -> pa.DataType | None:
     """The type that holds every value unchanged but for nulls where a field is missing; None if only JSON text does."""
     if turns and isinstance(shape, list) and isinstance(shape[0], dict):
-        # The order of a turn's own fields means nothing, and what templates do not read need not fit.
-        fields = {name: item for name, item in shape[0].items() if name != _REORDERED}
-        for name in [name for name in fields if name not in (*TURN_FIELDS, "from", "value")]:
-            if _typed(fields[name]) is None:
-                del fields[name]
-        shape = [fields]
+        # The order of a turn's own fields means nothing.
+        shape = [{name: item for name, item in shape[0].items() if name != _REORDERED}]
     type_ = _typed(shape)
     return type_ if type_ is None or _num_fields(type_) <= MOST_FIELDS else None
 

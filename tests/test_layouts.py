@@ -135,6 +135,32 @@ def test_rows_that_differ_in_fields_are_trls_and_the_same_out_of_parquet(rows, t
     assert ids(tmp_path / "saved") == found
 
 
+PLANS = tiny.CHATML.replace(
+    "(m['content'] or '')", "(m['content'] or '') + (m.tool_plan | string if m.tool_plan else '') + (m.call or {}).id | string"
+)
+"""Reads a field of a turn that few templates know, and the id of something that is no turn."""
+
+
+@pytest.mark.parametrize("plans", [("PLAN", "PLAN"), ({"b": 1, "a": 2}, {"a": 1, "c": 2.5})], ids=["text", "of many shapes"])
+def test_a_field_of_a_turn_that_the_template_reads_is_rendered_as_trl_renders_it(plans, tmp_path):
+    rows = [
+        {"prompt": [user("Q")], "chosen": [assistant("a", tool_plan=plan)], "rejected": [assistant("b", meta=meta)]}
+        for plan, meta in zip(plans, (1, "x"), strict=True)
+    ]
+    jsonl = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = ids(jsonl, template=PLANS)
+    assert [chosen for _, chosen, _ in found] == [f"a{plan}<|im_end|>\n" for plan in plans]
+    if plans[0] == "PLAN":  # of other shapes `datasets` makes nulls, which TRL prints
+        rows = [{**row, "rejected": [assistant("b")]} for row in rows]
+        assert ids(write_parquet(tmp_path / "rows.parquet", rows), template=PLANS) == found
+        assert trl_ids(write_jsonl(tmp_path / "plain.jsonl", rows), tmp_path, template=PLANS) == found
+
+
+def test_a_field_whose_name_the_template_uses_for_something_else_does_not_part_the_prompt(tmp_path):
+    rows = [{"chosen": [user("Q") | {"id": 1}, assistant("a") | {"id": 2}], "rejected": [user("Q") | {"id": 3}, assistant("b")]}]
+    assert ids(write_jsonl(tmp_path / "a.jsonl", rows), template=PLANS)[0][0].endswith("<|im_start|>assistant\n")
+
+
 def test_values_that_arrow_would_change_are_kept_as_they_are_written(tmp_path):
     """6 beside 6.5 stays 6, keys keep their order, a number may stand beside a text."""
     arguments = [{"sides": 6}, {"sides": 6.5}, {"b": 1, "a": 2}, {"a": 1, "b": "x", "c": 3}]
