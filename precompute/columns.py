@@ -4,6 +4,8 @@ Every source row becomes one of the project's rows: prompt (optional), chosen, r
 are listed, each with an example, in docs/data.md.
 """
 
+import re
+import shlex
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -32,8 +34,10 @@ PROMPTS = (
     "dialogue",
     "conversation",
     "context",
+    "post",
+    "prompt",
 )
-"""Columns that look like a prompt. With a prompt column, or turns that begin with one, they are bookkeeping."""
+"""Columns that look like a prompt, as does `prompt` in another spelling. With a prompt column, or turns that begin with one, they are bookkeeping."""
 
 BEFORE = ("history",)
 """Earlier turns beside a prompt (LLaMA-Factory's way)."""
@@ -41,11 +45,41 @@ BEFORE = ("history",)
 NOTICED = PICTURES + SYSTEMS + PROMPTS + BEFORE
 
 LIKE = {
-    "chosen": ("chosen_response", "response_chosen", "response_j", "preferred", "accepted", "answer_chosen", "better", "good"),
-    "rejected": ("rejected_response", "response_rejected", "response_k", "dispreferred", "answer_rejected", "worse", "bad"),
+    "chosen": (
+        "chosen",
+        "chosen_response",
+        "response_chosen",
+        "response_j",
+        "preferred",
+        "accepted",
+        "answer_chosen",
+        "better",
+        "good",
+    ),
+    "rejected": (
+        "rejected",
+        "rejected_response",
+        "response_rejected",
+        "response_k",
+        "dispreferred",
+        "answer_rejected",
+        "worse",
+        "bad",
+    ),
     "prompt": PROMPTS,
 }
 """Names seen for a column that is missing: suggested, never assumed."""
+
+
+def _is_like(name: str, known: Iterable[str]) -> bool:
+    """Whether a column's name is one of the known ones but for capitals, spaces, hyphens or a plural: `User Prompts` is user_prompt."""
+    return _plain(name) in map(_plain, known)
+
+
+def _plain(name: str) -> str:
+    parted = re.sub(r"([a-z])([A-Z])", r"\1_\2", name)
+    return re.sub(r"[\W_]+", "_", parted.lower()).strip("_").removesuffix("s")
+
 
 SPEAKERS = {
     "human": "user",
@@ -82,19 +116,20 @@ def scored(names: Iterable[str], options: ColumnOptions, where: str) -> dict[str
 
 
 def _suggestion(names: list[str], present: Iterable[str]) -> str:
-    found = {side: next((name for name in names if name.lower() in LIKE[side]), None) for side in ("prompt", "chosen", "rejected")}
-    words = [f"--{side}-column {name}" for side, name in found.items() if name and side not in present]
+    found = {side: next((name for name in names if _is_like(name, LIKE[side])), None) for side in ("prompt", "chosen", "rejected")}
+    words = [f"--{side}-column {shlex.quote(name)}" for side, name in found.items() if name and side not in present]
     return f"Perhaps: {' '.join(words)}" if words else ""
 
 
 def noticed(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -> list[str]:
     """Columns that are not scored and may matter: refused later if they hold anything."""
-    return [name for name in names if name.lower() in NOTICED and name not in kept and name not in options.ignore]
+    return [name for name in names if _is_like(name, NOTICED) and name not in kept and name not in options.ignore]
 
 
 def beside(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -> list[str]:
-    """Columns that are not scored, in their order: the store keeps those of one value per row. One that is to be ignored is none."""
-    return [name for name in names if name not in kept and name not in options.ignore]
+    """Columns that are not scored, in their order: the store keeps those of one value per row. One that is to be ignored is none, nor is
+    one without a name (pandas writes its index so)."""
+    return [name for name in names if name and name not in kept and name not in options.ignore]
 
 
 def source_type(type_: pa.DataType) -> str | None:
@@ -133,22 +168,23 @@ def says_something(value: object) -> bool:
 
 def refuse_unused(used: Iterable[str], unused: list[str], first: dict, where: str) -> None:
     """InputError for a column that is not scored, holds something, and looks as if it should be. `first` is the first row."""
-    pictures = [name for name in unused if name.lower() in PICTURES]
+    pictures = [name for name in unused if _is_like(name, PICTURES)]
     if pictures:
         raise InputError(
             f"the column {' and '.join(pictures)} is not scored: only text is",
             where=where,
             next=f"Use a dataset without pictures or sound; to score the text alone: {_ignoring(pictures)}",
         )
-    systems = [name for name in unused if name.lower() in SYSTEMS]
-    before = [name for name in unused if name.lower() in BEFORE]
-    prompts = [name for name in unused if name.lower() in PROMPTS]
+    systems = [name for name in unused if _is_like(name, SYSTEMS)]
+    before = [name for name in unused if _is_like(name, BEFORE)]
+    prompts = [name for name in unused if _is_like(name, PROMPTS)]
     if "prompt" in used or not _lacks_prompt(first):
         prompts = []
     if not (systems or before or prompts):
         return
     named = prompts + systems + before
-    words = [f"--prompt-column {name}" for name in prompts[:1]] + [f"--system-column {name}" for name in systems[:1]]
+    words = [f"--prompt-column {shlex.quote(name)}" for name in prompts[:1]]
+    words += [f"--system-column {shlex.quote(name)}" for name in systems[:1]]
     use = f"Use {'them' if len(words) > 1 else 'it'}: {' '.join(words)}. " if words else "Put its turns into the prompt. "
     raise InputError(
         f"the column{'s' * (len(named) > 1)} {' and '.join(named)} would not be scored, and look{'s' * (len(named) == 1)} like part of the prompt",
@@ -158,7 +194,7 @@ def refuse_unused(used: Iterable[str], unused: list[str], first: dict, where: st
 
 
 def _ignoring(names: list[str]) -> str:
-    return " ".join(f"--ignore-column {name}" for name in names)
+    return " ".join(f"--ignore-column {shlex.quote(name)}" for name in names)
 
 
 def _lacks_prompt(row: dict) -> bool:

@@ -232,7 +232,10 @@ def _part_of(parts: dict[str, datasets.Dataset], split: str) -> datasets.Dataset
         wanted = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in parts.items()})
     except (ValueError, AssertionError) as error:
         raise InputError(f"not a split: {error}", where=f"--split {split}", expected="such as train or train[:1000]") from error
-    return datasets.concatenate_datasets([parts[each.splitname].select(range(each.from_, each.to)) for each in wanted])
+    found = [parts[each.splitname].select(range(each.from_, each.to)) for each in wanted if each.from_ < each.to]
+    if not found:
+        raise InputError("the split has no rows", where=f"--split {split}", found=f"{sum(map(len, parts.values())):,} rows in all")
+    return datasets.concatenate_datasets(found)
 
 
 def _no_split(source: str, split: str, names: list[str]) -> InputError:

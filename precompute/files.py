@@ -30,9 +30,9 @@ NUMBERED = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\..*)$")
 
 def kind_of(file: Path) -> str | None:
     """parquet, json or csv; None for anything else."""
-    suffix = Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
-    kind = KINDS.get(suffix)
-    return None if kind == "parquet" and file.suffix in COMPRESSIONS else kind
+    packed = file.suffix in COMPRESSIONS
+    kind = KINDS.get((Path(file.stem).suffix if packed else file.suffix).lower())
+    return None if kind == "parquet" and packed else kind
 
 
 def find_files(source: str, *, config: str | None = None, revision: str | None = None) -> dict[str, list[Path]] | None:
@@ -93,6 +93,8 @@ def check_complete(files: Sequence[Path], source: str) -> None:
 
 def _in_folder(path: Path, config: str | None, source: str) -> dict[str, list[Path]]:
     where = f"--dataset {source}"
+    if glob.has_magic(str(path.resolve())):  # `datasets` would look for files that match it
+        raise InputError("the folder's path has one of * ? [ in it", where=where, found=path.resolve(), next="Rename the folder.")
     try:
         builder = datasets.load_dataset_builder(str(path.resolve()), name=config)
     except (EmptyDatasetError, DataFilesNotFoundError) as error:

@@ -7,10 +7,13 @@ not even typed. JSON values that differ in shape from row to row (the arguments 
 
 import bz2
 import codecs
+import contextlib
 import csv
+import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +81,7 @@ def read_files(files: list[Path], options: ColumnOptions, source: str) -> datase
     # Under a name of its own: the cache must not serve what another version read differently.
     builder = Files(
         dataset_name="refdpo-rows-4",
-        data_files={"rows": [str(file.absolute()) for file in files]},
+        data_files={"rows": [glob.escape(str(file.absolute())) for file in files]},  # they are patterns to `datasets`
         options=options,
         sizes=tuple(file.stat().st_size for file in files),
         source=source,
@@ -96,6 +99,8 @@ class _Parquet:
             raise InputError("the dataset has no rows", where=where)
         self.kept = scored(names, options, where)
         for file, schema in zip(files, schemas, strict=True):
+            if twice := [name for name in self.kept if schema.names.count(name) > 1]:
+                raise InputError(f"the column {', '.join(twice)} is there twice", where=file)
             absent = [name for name, kind in self.kept.items() if kind in ("chosen", "rejected") and name not in schema.names]
             if absent:
                 raise InputError(f"no column {' and '.join(absent)}", where=file, found=", ".join(schema.names))
@@ -448,7 +453,7 @@ def _check_utf8(file: Path) -> None:
     """Another encoding is never guessed: the text would be scored with wrong characters."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
-    with _opened(file) as stream:
+    with _decompressing(file), _opened(file) as stream:
         while block := stream.read(1 << 20):
             try:
                 decoder.decode(block)
@@ -495,10 +500,17 @@ def _json_rows(file: Path, *, unique: bool = False) -> Iterator[tuple[int, dict]
 
 def _lines(stream, file: Path) -> Iterator[bytes]:
     """Lines as JSON lines have them: ended by a line feed and nothing else."""
-    try:
+    with _decompressing(file):
         yield from stream
-    except (EOFError, OSError, gzip.BadGzipFile) as error:
-        raise InputError(f"the file cannot be decompressed to its end: {error}", where=file) from error
+
+
+@contextlib.contextmanager
+def _decompressing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError, zlib.error) as error:
+        how = "decompressed" if file.suffix in COMPRESSIONS else "read"
+        raise InputError(f"the file cannot be {how} to its end: {error}", where=file, next="Download or copy it again.") from error
 
 
 def _first_line(file: Path) -> int:
@@ -509,7 +521,7 @@ def _first_line(file: Path) -> int:
 
 def _whole(file: Path, hook) -> Iterator[tuple[int, dict]]:
     """The rows of a file that is one JSON list, perhaps over many lines."""
-    with _opened(file) as stream:
+    with _decompressing(file), _opened(file) as stream:
         data = stream.read()
     try:
         rows = json.loads(data.decode("utf-8-sig"), object_pairs_hook=hook)

@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 import cli
+from precompute.config import ColumnOptions
 from precompute.dataset import check_and_fingerprint, load_rows
 from precompute.pairs import check_rows, tokenize_rows
 from store.errors import InputError
@@ -237,6 +238,11 @@ UNUSED = {
         "column instruction.*--prompt-column instruction",
     ),
     "history": (TEXTS | {"history": [["a", "b"]]}, "column history"),
+    "a capital": ({"Prompt": "Q", "chosen": "x a", "rejected": "x b"}, "column Prompt would.*--prompt-column Prompt"),
+    "a space": ({"prompt ": "Q", "chosen": "x a", "rejected": "x b"}, "--prompt-column 'prompt '.*--ignore-column 'prompt '"),
+    "a plural": ({"userPrompts": "Q", "chosen": "x a", "rejected": "x b"}, "--prompt-column userPrompts"),
+    "a post": ({"post": "Q", "chosen": "x a", "rejected": "x b"}, "--prompt-column post"),
+    "a system with a hyphen": (SIDES | {"System-Prompt": "S"}, "--system-column System-Prompt"),
 }
 
 
@@ -259,6 +265,25 @@ def test_bookkeeping_columns_are_passed_over(tmp_path):
     without = {name: value for name, value in row.items() if name != "prompt"}
     path = write_jsonl(tmp_path / "b.jsonl", [without])
     assert ids(path) == same and check_and_fingerprint(load(path)) == check_and_fingerprint(load(tmp_path / "plain.jsonl"))
+
+
+def test_other_spellings_of_the_scored_columns_are_suggested(tmp_path):
+    row = {"Prompt": "Q", "Chosen": "a", "rejected ": "b"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(InputError, match="Perhaps: --prompt-column Prompt --chosen-column Chosen --rejected-column 'rejected '"):
+        load(path)
+    found = load(path, options=ColumnOptions(prompt="Prompt", chosen="Chosen", rejected="rejected "))
+    assert found.to_list() == [{"prompt": "Q", "chosen": "a", "rejected": "b"}]
+
+
+def test_a_column_without_a_name_is_passed_over(tmp_path):
+    """pandas writes its index so."""
+    (tmp_path / "a.csv").write_text(",prompt,chosen,rejected\n0,Q,a,b\n")
+    sources = [tmp_path / "a.csv", write_jsonl(tmp_path / "a.jsonl", [{"": 0} | TEXTS]), tmp_path / "saved"]
+    datasets.Dataset.from_dict({"": [0], "prompt": ["Q"], "chosen": ["a"], "rejected": ["b"]}).save_to_disk(tmp_path / "saved")
+    sources.append(write_parquet(tmp_path / "a.parquet", [{"": 0} | TEXTS]))
+    for source in sources:
+        assert load(source).to_list() == [TEXTS]
 
 
 def test_a_dataset_without_prompts_is_refused_with_every_bad_row_named(tmp_path):
@@ -415,6 +440,9 @@ BROKEN = {
         (gzip.compress(good("a") * 1000)[:-30], "cannot be decompressed to its end"),
         (b"no gzip", "cannot be decompressed"),
     ],
+    "a.csv.gz": [(gzip.compress(b"prompt,chosen,rejected\n" + b"p,a,b\n" * 9999)[:-30], "cannot be decompressed to its end")],
+    "b.csv.gz": [(gzip.compress(b"prompt,chosen,rejected\n")[:14] + b"x" * 99, "cannot be decompressed to its end: Error -3")],
+    "a.csv.zst": [(b"no zstd", "cannot be decompressed to its end")],
     "a.jsonl.zst": [(pa.compress(good("a") * 1000, "zstd", asbytes=True)[:-20], "cannot be decompressed to its end")],
     "a.csv": [
         (b"prompt,chosen,rejected\np,a\n", "line 2: another number of cells than columns; expected 3; found 2"),
@@ -533,6 +561,17 @@ def test_files_that_would_be_passed_over_are_named(tmp_path):
             load(source)
     with pytest.raises(InputError, match="no file matches"):
         load(f"{tmp_path}/*.csv")
+    bracketed = splits(tmp_path / "a[1]", a_dot_JSONL=MANY)
+    assert numbers(bracketed / "a.JSONL") == [*map(str, range(7))]
+    with pytest.raises(InputError, match=r"path has one of \* \? \[ in it.*Rename"):
+        load(bracketed)
+    with pytest.raises(InputError, match=r"--split train\[5:\]: the split has no rows; found 2 rows in all"):
+        load(f"{left}/train.jsonl", split="train[5:]")
+    assert numbers(f"{left}/train.jsonl", split="train[5:]+train[1:]") == ["1"]
+    twice = pa.table([["Q"], ["a"], ["a"], ["b"]], names=["prompt", "chosen", "chosen", "rejected"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(InputError, match="column chosen is there twice"):
+        load(tmp_path / "twice.parquet")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "README.md").write_text("# x")
     with pytest.raises(InputError, match=r"holds no dataset.*found README\.md"):
