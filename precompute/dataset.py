@@ -18,7 +18,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetNotFoundError
 
-from precompute.columns import CONTEXT, ColumnOptions, beside, canonical, has_content, noticed, refuse_unused, scored, source_type
+from precompute.columns import (
+    CONTEXT,
+    SPEAKERS,
+    ColumnOptions,
+    beside,
+    canonical,
+    has_content,
+    noticed,
+    refuse_unused,
+    scored,
+    source_type,
+)
 from precompute.files import check_complete, find_files, local_files, one_kind
 from precompute.pairs import ROLES, TURN_FIELDS
 from precompute.reading import BESIDE_SUFFIX, JSON_SUFFIX, LEFT_OUT_SUFFIX, NOTICED_SUFFIX, read_files
@@ -328,11 +339,12 @@ def _meanings(rows: Rows) -> set[str]:
     return {"texts are turns"} if as_turns else set()
 
 
-WRITTEN_TURNS = r"""^\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:"""
+WRITTEN_TURNS = rf"""(?s)^\s*(\[\s*\{{\s*['"](role|content|from|value)['"]\s*:|\[?\s*\{{.*['"](role|from)['"]\s*:\s*['"]({"|".join(sorted(ROLES | SPEAKERS.keys()))})['"])"""
+"""A list whose first turn begins with a field of turns, or turns in any order of fields, in a list or one alone, that name a speaker."""
 
 
 def _looks_like_turns(column: pa.Array) -> bool:
-    """Whether every text is a list of turns, printed: what saving conversations as CSV makes of them."""
+    """Whether every text is a list of turns or a single one, printed: what saving conversations as CSV makes of them."""
     return len(column) > 0 and bool(pc.all(pc.match_substring_regex(column, WRITTEN_TURNS)).as_py())
 
 

@@ -375,6 +375,8 @@ def _widened(shape: object, value: object, where: str) -> object:
         for item in value:
             shape[0] = _widened(shape[0], item, "")
         return shape
+    if not where and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return MIXED  # Arrow's integers end there
     if shape is None:
         return type(value)
     return shape if shape is type(value) else _mixed(shape, value, where)

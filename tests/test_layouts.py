@@ -176,6 +176,40 @@ def test_values_that_arrow_would_change_are_kept_as_they_are_written(tmp_path):
     assert all(json.dumps(each) in text for each, text in zip(arguments, written, strict=True)), written
 
 
+def test_numbers_beyond_arrows_are_kept_in_calls_and_tools(tmp_path):
+    call = [{"type": "function", "function": {"name": "f", "arguments": {"n": 2**64}}}]
+    limits = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 2**64 - 1, "minimum": -(2**63) - 1}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": limits}}]
+    row = {"prompt": [user("Q")], "chosen": [assistant("", tool_calls=call)], "rejected": [assistant("b")]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row, row | {"tools": tools}])
+    found = ids(path)
+    assert json.dumps(tools) in found[1][0] and all(json.dumps(call) in chosen for _, chosen, _ in found)
+
+
+PRINTED = {
+    "one turn": {"role": "assistant", "content": "x"},
+    "one turn, content first": {"content": 'He said "no"', "role": "assistant"},
+    "ShareGPT's": {"from": "gpt", "value": "x"},
+    "turns with bookkeeping first": [{"country": None, "role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}],
+}
+
+
+@pytest.mark.parametrize("turns", PRINTED.values(), ids=PRINTED)
+@pytest.mark.parametrize("printed", [str, json.dumps, lambda turns: json.dumps(turns, indent=1)], ids=["python", "json", "lines"])
+def test_turns_printed_into_a_text_column_are_refused(turns, printed, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": printed(turns), "rejected": printed(turns)}] * 2)
+    with pytest.raises(InputError, match="column chosen: conversations written as text"):
+        ids(path)
+
+
+def test_answers_that_are_json_of_another_kind_are_text(tmp_path):
+    answers = ['{"value": 3}', '{"content": "x"}', '{"role": "admin"}', '[{"name": "a"}]', "{from: user}"]
+    rows = [{"prompt": "Q", "chosen": answer, "rejected": "no"} for answer in answers]
+    for index, row in enumerate(rows):
+        path = write_jsonl(tmp_path / f"{index}.jsonl", [row])
+        assert ids(path)[0][1].startswith(row["chosen"])
+
+
 def test_a_row_with_padding_is_another_dataset_than_before(tmp_path):
     """Stores whose templates saw the nulls must not be taken for stores of these rows: padding changes the fingerprint, nothing else does."""
     plain = [{"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")], "tools": SCHEMAS[:1]}]
