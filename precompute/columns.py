@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from precompute.config import ColumnOptions
-from precompute.pairs import COLUMNS
+from precompute.pairs import COLUMNS, is_picture
 from store.errors import InputError
 
 CONTEXT = ("messages", "conversations")
 """Columns with the turns before the answers, where a dataset has no prompt column (axolotl's and ShareGPT's way)."""
-
-PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 
@@ -42,7 +40,7 @@ PROMPTS = (
 BEFORE = ("history",)
 """Earlier turns beside a prompt (LLaMA-Factory's way)."""
 
-NOTICED = PICTURES + SYSTEMS + PROMPTS + BEFORE
+NOTICED = SYSTEMS + PROMPTS + BEFORE
 
 LIKE = {
     "chosen": (
@@ -123,7 +121,9 @@ def _suggestion(names: list[str], present: Iterable[str]) -> str:
 
 def noticed(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -> list[str]:
     """Columns that are not scored and may matter: refused later if they hold anything."""
-    return [name for name in names if _is_like(name, NOTICED) and name not in kept and name not in options.ignore]
+    return [
+        name for name in names if (is_picture(name) or _is_like(name, NOTICED)) and name not in kept and name not in options.ignore
+    ]
 
 
 def beside(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -> list[str]:
@@ -168,7 +168,7 @@ def says_something(value: object) -> bool:
 
 def refuse_unused(used: Iterable[str], unused: list[str], first: dict, where: str) -> None:
     """InputError for a column that is not scored, holds something, and looks as if it should be. `first` is the first row."""
-    pictures = [name for name in unused if _is_like(name, PICTURES)]
+    pictures = [name for name in unused if is_picture(name)]
     if pictures:
         raise InputError(
             f"the column {' and '.join(pictures)} is not scored: only text is",

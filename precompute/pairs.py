@@ -386,6 +386,14 @@ def _turns(turns: list, side: str, index: int, fields: tuple[str, ...]) -> list[
     ]
 
 
+PICTURE = re.compile(r"(image|picture|video|audio)s?([ _-]?(path|url|file|data|bytes)s?)?|img|pixel[ _-]?values?", re.IGNORECASE)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a column, or a field of a part of a turn, is named as pictures and sound are. `image_count` and `has_image` are not."""
+    return PICTURE.fullmatch(name.strip()) is not None
+
+
 def _content(content: object, where: str) -> str | None:
     """A turn's text: as it is, or the texts of its parts joined. InputError for pictures and the like, numbers, …"""
     if content is None or isinstance(content, str):
@@ -395,7 +403,8 @@ def _content(content: object, where: str) -> str | None:
     texts = []
     for part in content:
         if isinstance(part, dict):
-            kind, part = part.get("type"), part.get("text")
+            pictures = [name for name, value in part.items() if value and is_picture(name)]
+            kind, part = (pictures or [part.get("type")])[0], part.get("text")
             if kind not in (None, "text") or not isinstance(part, str):
                 raise InputError(
                     f"a part of a turn's content is no text{'' if kind in (None, 'text') else f' but {kind}'}",

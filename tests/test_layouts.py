@@ -260,6 +260,8 @@ SIDES = {"chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistan
 TEXTS = {"prompt": "Q", "chosen": "a", "rejected": "b"}
 UNUSED = {
     "images": (SIDES | {"images": ["p.png"]}, "column images is not scored.*--ignore-column images"),
+    "image_path": (TEXTS | {"image_path": "x.png"}, "column image_path is not scored"),
+    "pixel values": (SIDES | {"Pixel Values": [1]}, "column Pixel Values is not scored.*--ignore-column 'Pixel Values'"),
     "image": (TEXTS | {"image": {"path": "x"}}, "column image is not scored"),
     "question and system": (
         {"question": "Q", "system": "S", "chosen": "a", "rejected": "b"},
@@ -294,6 +296,7 @@ def test_columns_that_look_like_part_of_the_prompt_are_not_passed_over(row, mess
 def test_bookkeeping_columns_are_passed_over(tmp_path):
     """As UltraFeedback has them: `messages` repeats the chosen side, a question stands beside complete conversations."""
     row = SIDES | {"prompt": "Q", "messages": SIDES["chosen"], "question": "Q", "score_chosen": 8.5, "prompt_id": "x"}
+    row |= {"has_image": False, "image_count": 0, "image_url": None}
     same = ids(write_jsonl(tmp_path / "plain.jsonl", [SIDES]))
     assert ids(write_jsonl(tmp_path / "a.jsonl", [row])) == same
     without = {name: value for name, value in row.items() if name != "prompt"}
@@ -338,6 +341,7 @@ PART = {"type": "text", "text": "Name "}
 CONTENT = {
     "a picture": ([{"type": "image", "text": None}, PART], "row 0.*no text but image"),
     "a picture's address": ([{"type": "image_url", "image_url": {"url": "x"}}], "no text but image_url"),
+    "a picture beside text": ([{"type": "text", "text": "Q", "image_url": {"url": "x"}}], "no text but image_url"),
     "a part without text": ([{"type": "text", "text": None}], "a part of a turn's content is no text"),
     "a number": (7.5, "the content of turns is no text.*double|is no text"),
     "a truth": (True, "is no text"),
