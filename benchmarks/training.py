@@ -13,7 +13,10 @@ is left out: kernels are chosen in it. On the CPU times are CPU seconds of all p
 stretch; run it with OMP_NUM_THREADS=1, for idle threads count too. On GPUs they are seconds by the clock. Passes over the reference
 (stock's, and our phase 1) are the scoring of the timed rows alone, without tokenizing and loading, on both sides.
 
-With --json a run that was cut short goes on where it was: what the file has is not measured again.
+With --json a run that was cut short goes on where it was: what the file has is not measured again. `--repeats 2` runs all contenders in turn, twice;
+the faster of each counts, and both are printed.
+
+`--products`, on a CPU: after each of our micro-steps by tokens the bare matrix products of its row (products.py), to compare the two.
 
 `--lora R` trains an adapter of rank R at every linear layer instead of all weights, in all contenders; stock's online reference is then its own,
 the policy with the adapter off.
@@ -45,11 +48,14 @@ POOL = 2000
 MICRO_BATCHES = (1, 2, 4, 8)
 """At which the sample's padding is that of the set, whichever of them are measured: the sample is the same each time."""
 
-FREE = ("json", "only", "work", "contenders", "micro_batches")
+FREE = ("json", "only", "work", "contenders", "micro_batches", "repeats", "products")
 """Options that do not change what is measured, only how much of it."""
 
-CONTENDERS = ("online", "precompute", "packed", "padded")
-"""Stock TRL with a reference beside the policy; stock with its own pass; from a store, packed; from a store, padded."""
+CONTENDERS = ("online", "precompute", "tokens", "packed", "padded")
+"""Stock TRL with a reference beside the policy; stock with its own pass; from a store: micro-batches by tokens, packed ones of as many pairs as
+stock's, padded ones."""
+
+OURS = ("tokens", "packed")
 
 
 def parse() -> argparse.Namespace:
@@ -64,7 +70,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loss-type", default="sigmoid_norm")
     parser.add_argument("--effective-batch-size", type=int, default=16)
     parser.add_argument("--micro-batches", default="1,2,4,8")
-    parser.add_argument("--contenders", default="online,precompute,packed", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--contenders", default="online,precompute,tokens", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--tokens-per-batch", type=int, default=16384, help="of the contender `tokens`")
+    parser.add_argument("--repeats", type=int, default=1, help="of every contender, in turn")
+    parser.add_argument("--products", action="store_true", help="time the bare matrix products of our micro-steps too")
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps, after the first")
     parser.add_argument("--lora", type=int, help="rank of an adapter; without it all weights are trained")
     parser.add_argument("--no-gradient-checkpointing", action="store_true")
@@ -92,6 +101,7 @@ def run_one(args) -> None:
     import datasets
     import numpy as np
     import torch
+    from products import Products
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -121,6 +131,10 @@ def run_one(args) -> None:
         def on_step_end(self, *_, **__):
             self.ends.append(now())
 
+    def name_of(chosen: np.ndarray, rejected: np.ndarray) -> str:
+        """Of a pair, by the ids of its two sequences, int64."""
+        return hashlib.sha256(chosen.tobytes() + b"|" + rejected.tobytes()).hexdigest()[:16]
+
     class Watched:
         """Which pairs reach each step's loss, and how many tokens those of the timed steps have; alike for all contenders."""
 
@@ -128,7 +142,7 @@ def run_one(args) -> None:
             lengths = inputs["attention_mask"].sum(dim=1).tolist()
             rows = [row[:length] for row, length in zip(inputs["input_ids"].cpu().numpy(), lengths, strict=True)]
             half = len(rows) // 2
-            names = [hashlib.sha256(rows[i].tobytes() + b"|" + rows[half + i].tobytes()).hexdigest()[:16] for i in range(half)]
+            names = [name_of(rows[i], rows[half + i]) for i in range(half)]
             self.seen.setdefault(self.state.global_step, []).extend(names)
             if self.state.global_step:
                 whole, scored = (inputs[name].sum(dim=1).cpu().numpy() for name in ("attention_mask", "completion_mask"))
@@ -153,6 +167,38 @@ def run_one(args) -> None:
     class Ours(Watched, StoreDPOTrainer):
         pass
 
+    class ByTokens(StoreDPOTrainer):
+        """Watched as the others; and the bare products of each row, in turn with its micro-step."""
+
+        products, bare, steps_seconds = None, {}, 0.0
+
+        def training_step(self, model, inputs, *rest):
+            started = now()
+            loss = super().training_step(model, inputs, *rest)
+            if self.products is not None and self.started:
+                self.steps_seconds += now() - started
+                (row,) = inputs["row"].arranged.rows
+                for kind, seconds in self.products.seconds(row.layout.branches, len(inputs["row"].arranged.targets)).items():
+                    self.bare[kind] = self.bare.get(kind, 0.0) + seconds
+            return loss
+
+        def _compute_loss(self, model, inputs, return_outputs):
+            row, self.started = inputs["row"], self.state.global_step > 0
+            if row.micro_batch.weight:
+                read = self.train_dataset[list(row.micro_batch.pairs)]
+                sides = [
+                    [np.array(prompt + ids) for prompt, ids in zip(read["prompt_ids"], read[f"{side}_ids"], strict=True)]
+                    for side in ("chosen", "rejected")
+                ]
+                self.seen.setdefault(self.state.global_step, []).extend(map(name_of, *sides))
+                if self.started:
+                    self.counts.count(row.lengths, row.lengths.padded)
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    by_tokens = {}
+    pairs = int(micro_batch)
+    if contender == "tokens":
+        by_tokens, pairs = {"tokens_per_batch": pairs, "pairs_per_step": args.effective_batch_size}, 1
     settings = DPOConfig(
         output_dir=str(args.work / "unused"),
         use_cpu=not torch.cuda.is_available(),
@@ -161,8 +207,8 @@ def run_one(args) -> None:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        per_device_train_batch_size=int(micro_batch),
-        gradient_accumulation_steps=args.effective_batch_size // (int(micro_batch) * process.world),
+        per_device_train_batch_size=pairs,
+        gradient_accumulation_steps=args.effective_batch_size // (pairs * process.world),
         max_steps=args.steps + 1,
         max_length=args.max_length,
         loss_type=[args.loss_type],
@@ -171,14 +217,14 @@ def run_one(args) -> None:
         logging_steps=10**6,
         logging_strategy="steps",
         gradient_checkpointing=not args.no_gradient_checkpointing,
-        torch_compile=args.torch_compile and contender != "packed",
+        torch_compile=args.torch_compile and contender not in OURS,
         precompute_ref_log_probs=contender != "online",
-        precompute_ref_batch_size=int(micro_batch),
+        precompute_ref_batch_size=pairs,
         remove_unused_columns=contender in ("online", "precompute"),
         seed=args.seed,
         data_seed=args.seed,
     )
-    use_compiler(args.torch_compile and contender == "packed", layout="packed")
+    use_compiler(args.torch_compile and contender in OURS, layout="packed")
     load = {"dtype": getattr(torch, args.dtype), "attn_implementation": "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(args.model, **load).to(settings.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
@@ -198,12 +244,13 @@ def run_one(args) -> None:
         trainer = Stock(args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[times], **given)
     else:
         store = open_store(args.work / "store")
-        pairs = dataset_of(store, args.max_length)
-        lengths = lengths_of(pairs, store, args.max_length) if contender == "packed" else None
+        rows = dataset_of(store, args.max_length)
+        lengths = lengths_of(rows, store, args.max_length) if contender in OURS else None
         policy = model if kind is None else lora.fresh(model, kind, seed=args.seed)
-        trainer = Ours(
-            model=policy, args=settings, train_dataset=pairs, processing_class=tokenizer, callbacks=[times], lengths=lengths
-        )
+        given = {"model": policy, "args": settings, "train_dataset": rows, "processing_class": tokenizer, "callbacks": [times]}
+        trainer = (ByTokens if by_tokens else Ours)(**given, lengths=lengths, **by_tokens)
+        if by_tokens and args.products:
+            trainer.products = Products(model)
     trainer.seen, trainer.counts = {}, Speed(PairFlops.of(model), settings.device, model.dtype)
     trainer.train()
 
@@ -211,6 +258,7 @@ def run_one(args) -> None:
         "seconds": times.ends[-1] - times.ends[0],
         "pass_seconds": getattr(trainer, "pass_seconds", 0.0),
         "seen": trainer.seen,
+        "bare": getattr(trainer, "bare", {}) and trainer.bare | {"steps": trainer.steps_seconds},
         **{name: getattr(trainer.counts.recent, name) for name in ("flops", "pairs", "tokens", "packed_tokens", "padded_tokens")},
     }
     everyones = [mine]
@@ -222,7 +270,8 @@ def run_one(args) -> None:
         return
     together = max if torch.cuda.is_available() else sum  # by the clock | CPU seconds
     result = {name: together(each[name] for each in everyones) for name in ("seconds", "pass_seconds")}
-    result |= {name: sum(each[name] for each in everyones) for name in mine if name not in ("seen", *result)}
+    result |= {name: sum(each[name] for each in everyones) for name in mine if name not in ("seen", "bare", *result)}
+    result["bare"] = mine["bare"]
     result["seen"] = [sorted(name for each in everyones for name in each["seen"][step]) for step in range(args.steps + 1)]
     result |= {"memory": memory, "peak": trainer.counts.peak, "world": process.world}
     (args.work / "result.json").write_text(json.dumps(result))
@@ -396,15 +445,21 @@ def main() -> None:
         )
         print(f"{'MFU':>8}{'GiB':>7}")
         failed = []
-        for micro_batch in micro_batches:
-            for contender in args.contenders.split(","):
-                name = f"{contender}:{micro_batch}"
-                if name not in state["runs"]:
-                    result = measure(args, contender, micro_batch, world)
+        contenders = args.contenders.split(",")
+        names = [f"tokens:{args.tokens_per_batch}"] if "tokens" in contenders else []
+        names += [f"{contender}:{size}" for size in micro_batches for contender in contenders if contender != "tokens"]
+        for repeat in range(args.repeats):
+            for name in names:
+                before = state["runs"].get(name)
+                if before is None or len(before["every"]) <= repeat:
+                    contender, _, size = name.partition(":")
+                    result = measure(args, contender, int(size), world)
                     if isinstance(result, str):
                         failed += [] if result == "out of memory" else [name]
                         continue
-                    state["runs"][name] = result
+                    every = [*(before["every"] if before else []), result["seconds"] / result["pairs"]]
+                    fastest = result if before is None or result["seconds"] < before["seconds"] else before
+                    state["runs"][name] = fastest | {"every": every}
                     refuse_other_pairs(state["runs"], name)
                     if args.json:
                         args.json.write_text(json.dumps(state, indent=1))
@@ -437,35 +492,41 @@ def line(name: str, state: dict) -> str:
     contender, _, micro_batch = name.partition(":")
     run = state["runs"][name]
     one_pass = run["pass_seconds"] / run["pairs"] if contender == "precompute" else pass_per_pair(contender, state)
-    computed = run["packed_tokens"] if contender == "packed" else run["padded_tokens"]
+    computed = run["packed_tokens"] if contender in OURS else run["padded_tokens"]
     padding, second = 1 - run["tokens"] / run["padded_tokens"], (run["tokens"] - run["packed_tokens"]) / run["padded_tokens"]
-    shares = ("—", "—") if contender == "packed" else (f"{padding:.0%}", f"{second:.0%}")
+    shares = ("—", "—") if contender in OURS else (f"{padding:.0%}", f"{second:.0%}")
     mfu = f"{run['flops'] / run['seconds'] / (run['peak'] * run['world']):.1%}" if run["peak"] else "—"
     text = f"{contender:11}{micro_batch:>12}{run['seconds'] / run['pairs']:9.2f}{one_pass:9.2f}{computed:10,}"
-    return text + f"{shares[0]:>9}{shares[1]:>11}{mfu:>8}{run['memory'] / 2**30:7.2f}"
+    text += f"{shares[0]:>9}{shares[1]:>11}{mfu:>8}{run['memory'] / 2**30:7.2f}"
+    if len(run["every"]) > 1:
+        text += f"  of {', '.join(f'{each:.2f}' for each in run['every'])}"
+    if bare := run["bare"]:
+        products = bare["linear"] + bare["head"] + bare["attention"]
+        text += f"\n  its bare products {products:.1f} of {bare['steps']:.1f} s: {products / bare['steps']:.2f}; attention's {bare['attention']:.1f},"
+        text += f" the head's {bare['head']:.1f}; with PyTorch's linear layers {(products - bare['linear'] + bare['linear_mkl']) / bare['steps']:.2f}"
+    return text
 
 
 def ratios(state: dict) -> None:
-    """Each of the others against ours, at their best micro-batches and at each."""
+    """Each of the others against ours, at their best; against packed micro-batches of as many pairs, where these were measured, at each."""
     for whole, title in ((False, "training alone"), (True, "one epoch, the pass over the reference included")):
         seconds = {
             (contender, int(micro_batch)): run["seconds"] / run["pairs"] + whole * pass_per_pair(contender, state)
             for name, run in state["runs"].items()
             for contender, _, micro_batch in [name.partition(":")]
         }
-        ours = {size: value for (contender, size), value in seconds.items() if contender == "packed"}
+        ours = {run: value for run, value in seconds.items() if run[0] in OURS}
         if not ours:
             return
         best = min(ours, key=ours.get)
-        print(f"{title}: packed is best at micro-batch {best}, {ours[best]:.2f} s per pair")
+        print(f"{title}: of ours {best[0]} at {best[1]} is best, {ours[best]:.2f} s per pair")
         for other in ("online", "precompute", "padded"):
             theirs = {size: value for (contender, size), value in seconds.items() if contender == other}
             if theirs:
                 fastest = min(theirs, key=theirs.get)
-                each = ", ".join(f"{size}: {value / ours[size]:.2f}" for size, value in theirs.items() if size in ours)
-                print(
-                    f"  {other:11}{theirs[fastest] / ours[best]:.2f} x ours, best ({fastest}) against best; at the same micro-batch {each}"
-                )
+                same = {size: value / ours["packed", size] for size, value in theirs.items() if ("packed", size) in ours}
+                each = f"; packed at the same micro-batch {', '.join(f'{size}: {value:.2f}' for size, value in same.items())}"
+                print(f"  {other:11}{theirs[fastest] / ours[best]:.2f} x ours, best ({fastest}) against best{each if same else ''}")
 
 
 if __name__ == "__main__":
