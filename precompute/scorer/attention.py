@@ -230,7 +230,7 @@ def _attend_cuda(query, key, value, scaling, window, layout: PackedLayout, sinks
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if layout.gather is not None:
         key, value = key.index_select(0, layout.gather), value.index_select(0, layout.gather)
-    with torch.cuda.device(query.device):  # kernels from other packages launch on the current device
+    with torch.cuda.device(query.get_device()):  # kernels from other packages launch on the current device
         if sinks is not None:
             return _VarlenWithSinks.apply(query, key, value, sinks, scaling, window, layout)[None]
         return _varlen(query, key, value, scaling, window, layout)[None]
