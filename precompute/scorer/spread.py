@@ -42,8 +42,9 @@ def _bring(device: torch.device, part: torch.nn.Module, given: tuple, named: dic
 
 
 def devices_of(model: PreTrainedModel) -> tuple[torch.device, ...]:
-    """Those that hold its weights, in the order of its parts."""
-    return tuple(dict.fromkeys(each.device for each in model.parameters()))
+    """Those that hold its weights, in the order of its parts; of one device, the one that the model says it is on."""
+    found = tuple(dict.fromkeys(each.device for each in model.parameters()))
+    return found if len(found) > 1 else (model.device,)
 
 
 def largest_share(model: PreTrainedModel, num_devices: int) -> int:

@@ -79,8 +79,7 @@ def _random(kind: type[PreTrainedModel], config, like: PreTrainedModel) -> PreTr
                 parameter.normal_(0, 1.2 * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    devices = devices_of(like)
-    small = spread(small, devices) if len(devices) > 1 else small.to(like.device)
+    small = spread(small, devices_of(like))
     with torch.inference_mode():
         tokens = torch.arange(2, 2 * LENGTHS[0], device=like.device)[None]
         finite = torch.isfinite(small(input_ids=tokens, use_cache=False).logits).all()
