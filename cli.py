@@ -194,8 +194,8 @@ def analyze_cmd(**given) -> None:
 
     quiet_libraries()
     config = AnalyzeConfig.of(given)
-    from precompute.analyze import analyze
-    from precompute.analyze_view import Rates, describe, plot
+    from precompute.desk.analyze import analyze
+    from precompute.desk.analyze_view import Rates, describe, plot
     from store.bar import bar
 
     with bar("tokenizing", "rows", config.quiet or config.json) as progress:
@@ -334,7 +334,7 @@ def import_cmd(
 
     quiet_libraries()
     from devices import devices
-    from precompute.import_trl import import_trl
+    from precompute.desk.import_trl import import_trl
     from precompute.start import end
 
     import_trl(config, cache, devices(0, gpus_per_worker), num_pairs)
@@ -430,8 +430,8 @@ def verify_cmd(
         from quiet import quiet_libraries
 
         quiet_libraries()
+        from precompute.desk.verify_model import devices_for, verify_model
         from precompute.scorer.api import config_sha256
-        from precompute.verify_model import devices_for, verify_model
 
         # What cannot be is seen before every byte of the store is read.
         config = config_sha256(model, revision)

@@ -21,9 +21,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from precompute.dataset import load_rows
 from precompute.pairs import tokenize_rows
 from precompute.plan import claiming_order, default_shard_size, row_costs
+from precompute.rows.dataset import load_rows
 from precompute.scorer.model import load_tokenizer
 
 LINEAR, ATTENTION = 2 * 7.0e9, 4 * 4096

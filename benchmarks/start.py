@@ -22,7 +22,7 @@ STEPS = (
     *("load_rows", "check_and_fingerprint", "load_tokenizer", "tokenizer_sha256", "load_model", "weights_sha256", "load_inputs"),
     *("self_test", "shard_costs", "tokenize_rows"),
 )
-"""Functions of precompute/worker.py whose ends are stamped."""
+"""Functions of precompute/worker.py and precompute/inputs.py whose ends are stamped."""
 
 
 def bare(options: argparse.Namespace) -> None:
@@ -35,11 +35,12 @@ def bare(options: argparse.Namespace) -> None:
 
 def real(options: argparse.Namespace) -> None:
     import cli
-    from precompute import worker
+    from precompute import inputs, worker
 
     stamp(options, "imports")
     for name in STEPS:
-        setattr(worker, name, stamping(options, name, getattr(worker, name)))
+        module = worker if hasattr(worker, name) else inputs
+        setattr(module, name, stamping(options, name, getattr(module, name)))
 
     def first_batch(*arguments, **more):
         stamp(options, "first batch begins")

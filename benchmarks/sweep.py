@@ -30,8 +30,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from precompute.dataset import load_rows
 from precompute.pairs import tokenize_rows
+from precompute.rows.dataset import load_rows
 from precompute.scorer.cpu import keep_freed_memory
 from precompute.scorer.model import load_model, load_tokenizer
 from precompute.scorer.scoring import score_batches

@@ -1,12 +1,13 @@
 """What phase 1 and its desk tools are told: each field is an option (options.py). What is not given comes from the preset, or is asked for."""
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from default_store import default_histogram, default_store, preset_of, refuse_taken
 from options import FILE, Day, IntegerOrAuto, Option, Rate
+from precompute.rows.options import DATA, ColumnOptions
 from precompute.scorer import AttentionKernel, Layout
 from presets import PRESETS, Preset
 from store import DTYPES, ScoredTurns
@@ -18,44 +19,7 @@ MAX_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 Show = Literal["text", "json", "nothing"]
 
-DATA, MODEL, STORE, SPEED, OUTPUT = "Dataset", "Model and tokenizer", "Store", "Speed and memory", "Output"
-
-
-@dataclass(frozen=True)
-class ColumnOptions:
-    """How the columns of a source are named and meant, where it does not say so itself."""
-
-    prompt: Annotated[
-        str | None, Option("Column that holds the prompt.", DATA, default="prompt, if there is one", flags=("--prompt-column",))
-    ] = None
-    chosen: Annotated[str | None, Option("Column of the better answer.", DATA, default="chosen", flags=("--chosen-column",))] = None
-    rejected: Annotated[
-        str | None, Option("Column of the worse answer.", DATA, default="rejected", flags=("--rejected-column",))
-    ] = None
-    system: Annotated[
-        str | None,
-        Option("Column whose text becomes the first turn; texts then become turns too.", DATA, flags=("--system-column",)),
-    ] = None
-    as_conversation: Annotated[bool, Option("Plain texts become turns: user (prompt) and assistant (answers).", DATA)] = False
-    ignore: Annotated[
-        tuple[str, ...],
-        Option(
-            "A column that looks like part of the prompt and is not, or that the store need not keep; repeatable.",
-            DATA,
-            flags=("--ignore-column",),
-        ),
-    ] = ()
-
-    def named(self) -> dict[str, str]:
-        """Column of the source -> what it is, for those that were named."""
-        given = {name: getattr(self, name) for name in ("prompt", "chosen", "rejected", "system")}
-        return {column: name for name, column in given.items() if column is not None}
-
-    def __str__(self) -> str:
-        """As options of the command line."""
-        words = [f"--{each.name}-column {getattr(self, each.name)}" for each in fields(self)[:4] if getattr(self, each.name)]
-        words += ["--as-conversation"] * self.as_conversation + [f"--ignore-column {name}" for name in self.ignore]
-        return " ".join(words)
+MODEL, STORE, SPEED, OUTPUT = "Model and tokenizer", "Store", "Speed and memory", "Output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +42,7 @@ class Source:
     dataset_revision: Annotated[str | None, Option("Revision of the dataset on the hub.", DATA)] = None
     split: Annotated[str, Option("Split of the dataset, or a part of one such as 'train[:1000]'.", DATA, default="train")]
     limit: Annotated[int | None, Option("Only the first so many rows.", DATA, at_least=1)] = None
-    columns: ColumnOptions = ColumnOptions()
+    columns: ColumnOptions = field(default_factory=ColumnOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

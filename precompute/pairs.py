@@ -18,29 +18,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from precompute.clock import DateWanted
+from precompute.rows.columns import COLUMNS, ROLES, TURN_FIELDS, is_picture
 from precompute.scorer.packing import Sequence, common_prefix
 from precompute.turns import NotFoundInText, Turn, mask_of_turns, turns_of
 from store import ScoredTurns
 from store.errors import InputError
-
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-"""The columns of a source row that decide what is scored."""
-
-TURN_FIELDS = (
-    "role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "functions",
-    "function_calls",
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)
-"""The fields of a turn that chat templates read, and `reasoning`, which transformers hands them as reasoning_content. Others are bookkeeping (Dolci-Instruct's turns have 24 fields, nearly all null), but for those that the template at hand reads: see `_fields_read`."""
-
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"})
 
 
 @dataclass(frozen=True)
@@ -384,14 +366,6 @@ def _turns(turns: list, side: str, index: int, fields: tuple[str, ...]) -> list[
         }
         for turn in turns
     ]
-
-
-PICTURE = re.compile(r"(image|picture|video|audio)s?([ _-]?(path|url|file|data|bytes)s?)?|img|pixel[ _-]?values?", re.IGNORECASE)
-
-
-def is_picture(name: str) -> bool:
-    """Whether a column, or a field of a part of a turn, is named as pictures and sound are. `image_count` and `has_image` are not."""
-    return PICTURE.fullmatch(name.strip()) is not None
 
 
 def _content(content: object, where: str) -> str | None:

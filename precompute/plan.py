@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from precompute.dataset import ROWS_AT_A_TIME, JoinedRows, Rows
-from precompute.reading import JSON_SUFFIX
+from precompute.rows.columns import JSON_SUFFIX
+from precompute.rows.dataset import ROWS_AT_A_TIME, JoinedRows, Rows
 
 BYTES_PER_TOKEN = 4
 """Of a text, roughly. Only where max_length cuts depends on it."""

@@ -11,8 +11,8 @@ import tiny
 from click.testing import CliRunner
 
 import cli
-from precompute.analyze import AnalyzeConfig, analyze
-from precompute.analyze_view import Rates, describe, plot
+from precompute.desk.analyze import AnalyzeConfig, analyze
+from precompute.desk.analyze_view import Rates, describe, plot
 from precompute.pairs import tokenize_rows
 from precompute.scorer.packing import Sequence, pack
 from store.errors import InputError
@@ -89,7 +89,7 @@ def test_cut_to_the_same_counts_pairs_that_differ_too_late(tokenizer, tmp_path):
 
 
 def test_processes_and_one_process_agree(dataset, tokenizer, monkeypatch):
-    monkeypatch.setattr("precompute.analyze.ROWS_PER_BLOCK", 20)
+    monkeypatch.setattr("precompute.desk.analyze.ROWS_PER_BLOCK", 20)
     seen = []
     one = analyze(config(dataset, tokenizer))
     two = analyze(config(dataset, tokenizer, num_workers=2), lambda done, total: seen.append((done, total)))

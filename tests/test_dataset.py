@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from precompute.dataset import check_and_fingerprint, load_rows
+from precompute.rows.dataset import check_and_fingerprint, load_rows
 from store.errors import InputError
 
 ROWS = [
@@ -66,7 +66,7 @@ def test_the_fingerprint_sees_every_change_of_content(tmp_path, monkeypatch):
     assert len({of(rows) for rows in variants}) == len(variants)
     assert of([row | {"source": "y"} for row in ROWS]) == of(ROWS)  # not scored, not counted
     before = of(ROWS)
-    monkeypatch.setattr("precompute.dataset.ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr("precompute.rows.dataset.ROWS_AT_A_TIME", 3)
     assert of(ROWS) == before
 
 

@@ -16,7 +16,8 @@ from train_setup import make_world
 
 import cli
 import devices
-import precompute.verify_model
+import precompute.desk.verify_model
+import precompute.inputs
 import precompute.worker
 import store.verify
 import train.run
@@ -141,7 +142,7 @@ def commands(tmp_path_factory):
 
 
 def load_nothing(monkeypatch) -> None:
-    for module in (precompute.worker, train.run, precompute.verify_model):
+    for module in (precompute.inputs, train.run, precompute.desk.verify_model):
         monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     monkeypatch.setattr(store.verify, "verify", lambda *args: pytest.fail("every byte of the store was read"))
 

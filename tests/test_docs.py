@@ -190,7 +190,9 @@ def test_architecture_lists_every_file():
     for room, title in (
         ("", "At the top"),
         ("precompute", "`precompute/`,"),
+        ("precompute/rows", "`precompute/rows/`,"),
         ("precompute/scorer", "`precompute/scorer/`,"),
+        ("precompute/desk", "`precompute/desk/`,"),
         ("train", "`train/`,"),
     ):
         table = text.partition(f"\n{title}")[2].partition("\n\n")[2].partition("\n\n")[0]

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_samples import make_identity, make_store, memory_folder
 
-from precompute.dataset import Rows, check_and_fingerprint, load_rows
 from precompute.pairs import tokenize_rows
+from precompute.rows.dataset import Rows, check_and_fingerprint, load_rows
 from store import record, sql
 from store.errors import RefdpoError
 from store.manifest import MANIFEST, Identity, Manifest

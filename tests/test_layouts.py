@@ -17,8 +17,8 @@ import tiny
 
 import cli
 from precompute.config import ColumnOptions
-from precompute.dataset import check_and_fingerprint, load_rows
 from precompute.pairs import check_rows, tokenize_rows
+from precompute.rows.dataset import check_and_fingerprint, load_rows
 from store.errors import InputError
 
 PAGE = (Path(cli.__file__).parent / "docs" / "data.md").read_text(encoding="utf-8")
@@ -230,7 +230,7 @@ def options_of(words: str) -> dict:
     command = cli.main.commands["precompute"]
     given, rest, _ = command.make_parser(click.Context(command)).parse_args(shlex.split(words))
     assert not rest
-    from precompute.columns import ColumnOptions
+    from precompute.rows.columns import ColumnOptions
 
     names = {name: given.get(f"{name}_column") for name in ("prompt", "chosen", "rejected", "system")}
     options = ColumnOptions(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from precompute.dataset import load_rows
+from precompute.rows.dataset import load_rows
 from store.reader import open_store
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def test_hub_ids_are_found_in_the_cache(tiny_llama, tmp_path):
     shutil.rmtree(snapshot / "data")
     (snapshot / "data").mkdir()
     for name, message in ((("acme/prefs"), "holds no dataset"), ("acme/other", "hf download --repo-type dataset")):
-        code = f"from precompute.dataset import load_rows; load_rows({name!r}, split='train')"
+        code = f"from precompute.rows.dataset import load_rows; load_rows({name!r}, split='train')"
         done = subprocess.run(
             [sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False
         )

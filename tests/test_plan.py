@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch import Process, place_among_all
-from precompute.dataset import load_rows
 from precompute.plan import BYTES_PER_TOKEN, claiming_order, default_shard_size, row_costs, shard_costs
+from precompute.rows.dataset import load_rows
 
 
 def turns(*contents: str | None) -> list[dict]:

@@ -13,7 +13,7 @@ import store_samples
 from click.testing import CliRunner
 
 import cli
-from precompute.analyze import _quantiles
+from precompute.desk.analyze import _quantiles
 from store import report as module
 from store.errors import InputError, StoreError
 from store.folder import prepare_store

@@ -10,7 +10,7 @@ import tiny
 from click.testing import CliRunner
 
 import cli
-from precompute import worker
+from precompute import inputs
 from precompute.sealed import checkpoint_stamp
 from store.manifest import MANIFEST, Manifest
 from store.shard import part_name
@@ -22,8 +22,8 @@ def world(tmp_path, tiny_llama, monkeypatch):
     shutil.copytree(tiny_llama, tmp_path / "model")
     sides = {side: [{"role": "user", "content": "why"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(sides) + "\n" for _ in range(3)))
-    loaded, load_model = [], worker.load_model
-    monkeypatch.setattr(worker, "load_model", lambda *args, **options: loaded.append(1) or load_model(*args, **options))
+    loaded, load_model = [], inputs.load_model
+    monkeypatch.setattr(inputs, "load_model", lambda *args, **options: loaded.append(1) or load_model(*args, **options))
     call(tmp_path, code=0)
     assert loaded == [1]
     loaded.clear()
@@ -99,14 +99,14 @@ def test_a_worker_that_comes_late_says_what_was_there_before_the_others(world, m
     missing = [folder / "store" / name for name in (MANIFEST, part_name(1))]
     for file in missing:
         file.rename(folder / file.name)
-    load_model = worker.load_model
+    load_model = inputs.load_model
 
     def load_after_the_others(*args, **options):
         for file in reversed(missing):
             (folder / file.name).rename(file)
         return load_model(*args, **options)
 
-    monkeypatch.setattr(worker, "load_model", load_after_the_others)
+    monkeypatch.setattr(inputs, "load_model", load_after_the_others)
     output = call(folder, code=0)
     assert "store: 2 of 3 rows are done, going on\n" in output
     assert "store: sealed by other workers, nothing to score\n" in output

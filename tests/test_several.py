@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from store_samples import make_identity, make_store
 
 import cli
-from precompute.dataset import JoinedRows, check_and_fingerprint, load_rows
 from precompute.pairs import tokenize_rows
+from precompute.rows.dataset import JoinedRows, check_and_fingerprint, load_rows
 from store import record
 from store.errors import InputError, StoreError
 from store.manifest import DatasetPart, Identity, Manifest, manifest_path

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from store_samples import make_identity, make_shard, memory_folder
 
 import cli
-from precompute.columns import ColumnOptions
-from precompute.dataset import JoinedRows, check_and_fingerprint, load_rows
-from precompute.source_columns import SourceColumns
+from precompute.rows.columns import ColumnOptions
+from precompute.rows.dataset import JoinedRows, check_and_fingerprint, load_rows
+from precompute.rows.source_columns import SourceColumns
 from store.errors import InputError, StoreError
 from store.export import export
 from store.folder import prepare_store, settle_source_columns, stored_source_columns

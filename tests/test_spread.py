@@ -123,7 +123,7 @@ def test_refused_before_anything_is_loaded(monkeypatch, tiny_llama, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     words = ["precompute", "--dataset", tmp_path / "rows.jsonl", "--model", tiny_llama, "--max-length", 64, "--dtype", "float32"]
     words += ["--ref-store", tmp_path / "store", "--gpus-per-worker", 2]
-    monkeypatch.setattr("precompute.worker.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("precompute.inputs.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
     for more, text in (
         ([], "--gpus-per-worker 2: there are no GPUs. Leave it out on the CPU"),
         (["--torch-compile"], "--torch-compile, --gpus-per-worker 2: compiled layers were never run on several GPUs"),

@@ -128,22 +128,18 @@ def rooms() -> Drawing:
 
     drawing.rect(20, 130, 520, 160, FILLS["phase 1"], LINE, 6)
     drawing.text(30, 152, "precompute/   phase 1", bold=True)
-    for number, line in enumerate(
-        (
-            "dataset, columns, pairs:",
-            "rows become token ids",
-            "worker, plan, shard:",
-            "the job, shard by shard",
-            "analyze, import_trl",
-        )
-    ):
-        drawing.text(30, 176 + 18 * number, line, 12, PALE)
+    for number, line in enumerate(("pairs: rows become token ids", "worker, plan, shard: the job")):
+        drawing.text(30, 172 + 16 * number, line, 12, PALE)
+    drawing.box(30, 200, 214, 38, "rows/", kind="room")
+    drawing.text(76, 220, "a dataset, read and checked", 12, PALE)
+    drawing.box(30, 244, 214, 38, "desk/", kind="room")
+    drawing.text(76, 264, "analyze, import, verify", 12, PALE)
     drawing.box(
         258,
         162,
         268,
         114,
-        "precompute/scorer/",
+        "scorer/",
         (
             "a model and sequences -> log-probs,",
             "with or without gradients: packing,",
@@ -212,7 +208,7 @@ def pair() -> Drawing:
         42,
         "phase 1",
         [
-            ("dataset.py, columns.py", ("a row: prompt, chosen,", "rejected; checked,", "hashed: its pair_id")),
+            ("rows/dataset.py", ("a row: prompt, chosen,", "rejected; checked,", "hashed: its pair_id")),
             ("pairs.py", ("token ids of prompt and", "both completions, cut", "at max_length")),
             ("scorer/packing.py", ("one row of many pairs,", "each prompt once")),
             ("scorer/scoring.py", ("the frozen model: one", "log-prob per completion", "token, float32")),

@@ -18,9 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetNotFoundError
 
-from precompute.columns import (
+from precompute.rows.columns import (
+    BESIDE_SUFFIX,
     CONTEXT,
+    JSON_SUFFIX,
+    LEFT_OUT_SUFFIX,
+    NOTICED_SUFFIX,
+    ROLES,
     SPEAKERS,
+    TURN_FIELDS,
     ColumnOptions,
     beside,
     canonical,
@@ -30,9 +36,8 @@ from precompute.columns import (
     scored,
     source_type,
 )
-from precompute.files import check_complete, find_files, local_files, one_kind
-from precompute.pairs import ROLES, TURN_FIELDS
-from precompute.reading import BESIDE_SUFFIX, JSON_SUFFIX, LEFT_OUT_SUFFIX, NOTICED_SUFFIX, read_files
+from precompute.rows.files import check_complete, find_files, local_files, one_kind
+from precompute.rows.reading import read_files
 from store.errors import InputError
 
 # Stretches of a table that are hashed and checked at a time: memory stays flat whatever the dataset's size.

@@ -11,9 +11,36 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from precompute.config import ColumnOptions
-from precompute.pairs import COLUMNS, is_picture
+from precompute.rows.options import ColumnOptions
 from store.errors import InputError
+
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+"""The columns of a source row that decide what is scored."""
+
+TURN_FIELDS = (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "functions",
+    "function_calls",
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)
+"""The fields of a turn that chat templates read, and `reasoning`, which transformers hands them as reasoning_content. Others are bookkeeping (Dolci-Instruct's turns have 24 fields, nearly all null), but for those that the template at hand reads: see pairs.py."""
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"})
+
+JSON_SUFFIX = ".json"
+"""Of a column that holds JSON text."""
+
+NOTICED_SUFFIX = "?"
+"""Of a column that says whether the column of that name holds anything."""
+
+BESIDE_SUFFIX, LEFT_OUT_SUFFIX = "+", "-"
+"""Of a column that is not scored and has one value per row, and of one that has not (whose values are not kept)."""
 
 CONTEXT = ("messages", "conversations")
 """Columns with the turns before the answers, where a dataset has no prompt column (axolotl's and ShareGPT's way)."""
@@ -89,6 +116,14 @@ SPEAKERS = {
     "tool": "tool",
 }
 """ShareGPT's `from` -> role."""
+
+
+PICTURE = re.compile(r"(image|picture|video|audio)s?([ _-]?(path|url|file|data|bytes)s?)?|img|pixel[ _-]?values?", re.IGNORECASE)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a column, or a field of a part of a turn, is named as pictures and sound are. `image_count` and `has_image` are not."""
+    return PICTURE.fullmatch(name.strip()) is not None
 
 
 def scored(names: Iterable[str], options: ColumnOptions, where: str) -> dict[str, str]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from precompute.columns import source_type
-from precompute.dataset import JoinedRows, Rows
-from precompute.pairs import TokenizedRows
+from precompute.rows.columns import source_type
+from precompute.rows.dataset import JoinedRows, Rows
 from store.schema import RESERVED, SourceColumn
 
 PREFIX = "source_"
@@ -106,8 +105,8 @@ class Beside:
     offered: SourceColumns
     kept: tuple[SourceColumn, ...]
 
-    def of(self, tokens: TokenizedRows) -> tuple[tuple[SourceColumn, ...], pa.Table | None]:
-        """The columns, and their values for the pairs of a block."""
+    def of(self, indices: Sequence[int]) -> tuple[tuple[SourceColumn, ...], pa.Table | None]:
+        """The columns, and their values of some rows, rising; no table where nothing is kept."""
         if not self.kept:
             return (), None
-        return self.kept, self.offered.values(self.rows, [pair.row for pair in tokens.pairs], self.kept)
+        return self.kept, self.offered.values(self.rows, indices, self.kept)

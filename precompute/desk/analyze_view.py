@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from precompute.analyze import ENOUGH, LOST, Analysis, AtMaxLength
+from precompute.desk.analyze import ENOUGH, LOST, Analysis, AtMaxLength
 from store.command import cli
 from store.errors import InputError
 from store.report_pictures import log_scale

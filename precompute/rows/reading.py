@@ -24,18 +24,21 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 from datasets.builder import Key
 
-from precompute.columns import ColumnOptions, beside, has_content, noticed, says_something, scored, source_type
-from precompute.files import COMPRESSIONS, kind_of
+from precompute.rows.columns import (
+    BESIDE_SUFFIX,
+    JSON_SUFFIX,
+    LEFT_OUT_SUFFIX,
+    NOTICED_SUFFIX,
+    ColumnOptions,
+    beside,
+    has_content,
+    noticed,
+    says_something,
+    scored,
+    source_type,
+)
+from precompute.rows.files import COMPRESSIONS, kind_of
 from store.errors import InputError
-
-JSON_SUFFIX = ".json"
-"""Of a column that holds JSON text."""
-
-NOTICED_SUFFIX = "?"
-"""Of a column that says whether the column of that name holds anything."""
-
-BESIDE_SUFFIX, LEFT_OUT_SUFFIX = "+", "-"
-"""Of a column that is not scored and has one value per row, and of one that has not (whose values are not kept)."""
 
 BYTES_PER_TABLE = 16 << 20
 

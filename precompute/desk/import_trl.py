@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from precompute.config import PrecomputeConfig
+from precompute.inputs import load_inputs
 from precompute.pairs import Pair, tokenize_rows
+from precompute.rows.source_columns import Beside, SourceColumns
 from precompute.scorer.api import TOLERANCE, named_kernel, score, self_test, use_kernel
 from precompute.scorer.packing import Sequence
 from precompute.shard import shard_of
-from precompute.source_columns import Beside, SourceColumns
-from precompute.worker import load_inputs
 from store.errors import InputError
 from store.folder import missing_shards, prepare_store, settle_source_columns
 from store.manifest import Identity, Manifest, ShardReport
@@ -138,7 +138,13 @@ def _shard(identity: Identity, index: int, block, sums: np.ndarray, beside: Besi
     """`sums`: float64 [pairs, 2], chosen and rejected."""
     unknown = [[np.zeros(len(ids), np.float32) for ids in (pair.chosen_ids, pair.rejected_ids)] for pair in block.pairs]
     report, table = shard_of(
-        identity, index, block, [each[0] for each in unknown], [each[1] for each in unknown], 0, *beside.of(block)
+        identity,
+        index,
+        block,
+        [each[0] for each in unknown],
+        [each[1] for each in unknown],
+        0,
+        *beside.of([pair.row for pair in block.pairs]),
     )
     for side, name in enumerate(NAMES):
         table = table.set_column(table.column_names.index(name), SCHEMA.field(name), pa.array(sums[:, side], pa.float64()))

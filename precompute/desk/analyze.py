@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from precompute.clock import Clock
 from precompute.config import AnalyzeConfig
-from precompute.dataset import load_rows
 from precompute.pairs import TokenizedRows, tokenize_rows
+from precompute.rows.dataset import load_rows
 from precompute.scorer.api import load_tokenizer
 from precompute.scorer.packing import common_prefix, plan
 from store.errors import InputError
