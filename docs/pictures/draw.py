@@ -131,9 +131,9 @@ def rooms() -> Drawing:
     for number, line in enumerate(("pairs: rows become token ids", "worker, plan, shard: the job")):
         drawing.text(30, 172 + 16 * number, line, 12, PALE)
     drawing.box(30, 200, 214, 38, "rows/", kind="room")
-    drawing.text(76, 220, "a dataset, read and checked", 12, PALE)
+    drawing.text(82, 220, "reads and checks a set", 12, PALE)
     drawing.box(30, 244, 214, 38, "desk/", kind="room")
-    drawing.text(76, 264, "analyze, import, verify", 12, PALE)
+    drawing.text(82, 264, "analyze, import, verify", 12, PALE)
     drawing.box(
         258,
         162,
