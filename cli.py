@@ -495,7 +495,8 @@ def submit_cmd(dry_run: Annotated[bool, Option("Check, and print the commands an
         return click.echo(jobs.dry_run(submission))
     first, second = jobs.submit(submission)
     click.echo(f"phase 1 is job {first}, phase 2 is job {second} and waits for it; logs: {jobs.LOGS}/refdpo-*.out")
-    click.echo(f"Next: {cli('status', '--ref-store', submission.ref_store)}\n      squeue --jobs {first},{second}")
+    click.echo(f"Next: squeue --jobs {first},{second}")
+    click.echo(f"      {cli('status', '--ref-store', submission.ref_store)}    # once phase 1 has started")
 
 
 def _parse(phase: str, words: list[str]) -> dict[str, Any]:
