@@ -174,7 +174,7 @@ def precompute_cmd(
     ] = None,
     **given,
 ) -> None:
-    """Phase 1: score a preference dataset with the frozen reference model.
+    """Phase 1: score a dataset with the frozen reference model.
 
     Writes a sealed store of Parquet shards. Run it again, with any number of workers, to go on where it stopped.
     """
@@ -186,9 +186,9 @@ def precompute_cmd(
 
 @command("analyze", AnalyzeConfig)
 def analyze_cmd(**given) -> None:
-    """Measure a dataset before anything is scored: lengths, what each --max-length cuts, formats and traps, expected time.
+    """Measure a dataset before anything is scored.
 
-    Tokenizes with the same code as precompute and recommends a --max-length.
+    Lengths, what each --max-length cuts, formats, unusual rows, expected time. Tokenizes with the same code as precompute and recommends a --max-length.
     """
     from quiet import quiet_libraries
 
@@ -235,14 +235,14 @@ def train_cmd(
         bool, Option("--resume if there is a checkpoint, else start: for jobs that are requeued.", RECORDS)
     ] = False,
     overwrite: Annotated[
-        bool, Option("Remove the run that is in --output-dir first; where this command starts the ranks itself.", RECORDS)
+        bool, Option("Remove the run in --output-dir first. Not under torchrun or another launcher.", RECORDS)
     ] = False,
     num_processes: Annotated[
         int | None, Option("Local ranks.", MACHINE, default="one per GPU; 2 without a GPU", at_least=1)
     ] = None,
     **given,
 ) -> None:
-    """Phase 2: train DPO from a sealed store under ZeRO-2, without a reference model.
+    """Phase 2: train DPO from a store, without a reference model.
 
     Defaults are the store's preset: OLMo 3's hyperparameters.
     """
@@ -262,7 +262,7 @@ def inspect_cmd(
     ] = None,
     form: Annotated[
         Literal["table", "csv", "json", "parquet"] | None,
-        Option("Of answers. csv and json are streamed, however long.", default="table", flags=("--format",)),
+        Option("Format of answers. csv and json are streamed, so they may be of any length.", default="table", flags=("--format",)),
     ] = None,
     output: Annotated[Path | None, Option("New file for the answer; --format parquet needs one.")] = None,
     overwrite: Annotated[bool, Option("Replace --output if it is there, once the new one is whole.")] = False,
@@ -292,12 +292,15 @@ def export_cmd(
         Option("megatron-bridge only: KEY=JSON for its scoring_metadata.json, such as split=null."),
     ] = (),
     accept_other_tokens: Annotated[
-        bool, Option("Write for a project that scores other tokens than the store; the refusal says which.")
+        bool, Option("Write for a project that scores other tokens than this store. Without it, the error says which.")
     ] = False,
     overwrite: Annotated[bool, Option("Replace an earlier export in --output, once the new one is whole.")] = False,
     quiet: Annotated[bool, QUIET] = False,
 ) -> None:
-    """Write a store in the files that TRL, open-instruct or Megatron-Bridge load, or as JSON lines."""
+    """Write a store in the format of another trainer.
+
+    The files are those that TRL, open-instruct or Megatron-Bridge load, or JSON lines.
+    """
     from quiet import quiet_libraries
     from store.bar import bar
     from store.export import export, key_values
@@ -318,14 +321,14 @@ def export_cmd(
 def import_cmd(
     cache: Annotated[Path, Option("TRL's Arrow file with ref_chosen_logps, ref_rejected_logps.", type=FILE)],
     num_pairs: Annotated[int, Option("Random pairs scored again to check the cache.", at_least=1)] = 8,
-    layout: Annotated[Layout, Option("Of that check; padded is TRL's own.")] = "padded",
-    attention_kernel: Annotated[AttentionKernel, Option("Of --layout packed on a GPU, as of precompute.")] = "default",
-    gpus_per_worker: Annotated[int, Option("Spread the model over so many GPUs.", at_least=1)] = 1,
+    layout: Annotated[Layout, Option("Layout of that check; padded is TRL's own.")] = "padded",
+    attention_kernel: Annotated[AttentionKernel, Option("Attention of --layout packed on a GPU, as for precompute.")] = "default",
+    gpus_per_worker: Annotated[int, Option("Spread the model over N GPUs.", at_least=1)] = 1,
     **given,
 ) -> None:
-    """Make a store from the cache of TRL's precompute pass, after scoring some pairs again.
+    """Make a store from the cache of TRL's precompute pass.
 
-    Dataset, model, max length, dtype and limit are those that TRL was given. The store has sums only: train takes it at its own max length
+    Some pairs are scored again first. Dataset, model, max length, dtype and limit are those that TRL was given. The store has sums only: train takes it at its own max length
     and without --ld-alpha.
     """
     more = {"layout": layout, "attention_kernel": attention_kernel, "gpus_per_worker": gpus_per_worker}
@@ -345,12 +348,13 @@ def import_cmd(
 def push_cmd(
     ref_store: Annotated[Path, LOCAL_STORE],
     target: Annotated[str, Argument()],
-    private: Annotated[bool, Option("A new repository on the Hub is private.")] = False,
+    private: Annotated[bool, Option("Make a new repository on the Hub private.")] = False,
     quiet: Annotated[bool, QUIET] = False,
 ) -> None:
-    """Copy a sealed store to TARGET: owner/name on the Hugging Face Hub, or a URL (s3://, gs://, file://).
+    """Copy a sealed store to the Hub or to a URL.
 
-    Checked before and after; run it again to go on after an interruption.
+    TARGET is owner/name on the Hugging Face Hub, or a URL (s3://, gs://, file://). The store is checked before, the copy after. If it is
+    interrupted, run it again: it goes on.
     """
     from store.bar import bar
     from store.remote import push
@@ -367,9 +371,9 @@ def pull_cmd(
     revision: Annotated[str | None, Option("Branch, tag or commit of a repository on the Hub.")] = None,
     quiet: Annotated[bool, QUIET] = False,
 ) -> None:
-    """Copy the sealed store at SOURCE (owner/name on the Hugging Face Hub, or a URL) to --ref-store, checking every shard.
+    """Copy a store from the Hub or from a URL.
 
-    Run it again to go on after an interruption.
+    SOURCE is owner/name on the Hugging Face Hub, or a URL. Every shard is checked. If it is interrupted, run it again: it goes on.
     """
     from store.bar import bar
     from store.remote import pull
@@ -390,9 +394,12 @@ def report_cmd(
     tokenizer: Annotated[
         str | None, Option("Folder or hub id, to show pairs as text.", default="the one the store was made with")
     ] = None,
-    output_dir: Annotated[Path | None, Option("Gets index.html and the pictures.", default="runs/report/<store>")] = None,
+    output_dir: Annotated[Path | None, Option("Folder for index.html and the pictures.", default="runs/report/<store>")] = None,
 ) -> None:
-    """One self-contained HTML page about a store: lengths, reference margins, log-probs, truncation, pairs to read, identity."""
+    """Make one HTML page about a store.
+
+    Lengths, reference margins, log-probs, truncation, pairs to read, identity. The page needs no other file.
+    """
     from store.reader import open_store
     from store.report import report
 
@@ -412,12 +419,15 @@ def verify_cmd(
     model: Annotated[str | None, Option("Also score a random sample again with this model: folder or hub id.")] = None,
     revision: Annotated[str | None, Option("Revision of --model on the hub.")] = None,
     num_pairs: Annotated[int, Option("Size of that sample.", at_least=1)] = 16,
-    seed: Annotated[int, Option("Of the random choice.", at_least=0)] = 0,
+    seed: Annotated[int, Option("Seed of the random choice.", at_least=0)] = 0,
     layout: Annotated[Layout | None, Option(default="the one the store was made in")] = None,
-    attention_kernel: Annotated[AttentionKernel, Option("Of the packed layout on a GPU, as of precompute.")] = "default",
-    gpus_per_worker: Annotated[int, Option("Spread the model over so many GPUs.", at_least=1)] = 1,
+    attention_kernel: Annotated[AttentionKernel, Option("Attention of the packed layout on a GPU, as for precompute.")] = "default",
+    gpus_per_worker: Annotated[int, Option("Spread the model over N GPUs.", at_least=1)] = 1,
 ) -> None:
-    """Check a sealed store: checksums, row coverage, footers, values and counts; with --model also the numbers."""
+    """Check a sealed store, every byte and every value.
+
+    Checksums, rows, footers, values and counts; with --model also the log-probs of a sample.
+    """
     from store.bar import bar
     from store.verify import verify
 
@@ -450,7 +460,10 @@ def verify_cmd(
 
 @command("status")
 def status_cmd(ref_store: Annotated[Path, STORE_TO_READ]) -> None:
-    """How far phase 1 is: shards done, running, dead and missing, speed, time left."""
+    """Say how far phase 1 is.
+
+    Shards done, running, dead and missing, speed, time left.
+    """
     from store.status import describe, status
 
     click.echo(describe(status(ref_store), ref_store))
@@ -458,7 +471,9 @@ def status_cmd(ref_store: Annotated[Path, STORE_TO_READ]) -> None:
 
 @command("completion")
 def completion_cmd(shell: Annotated[Literal["bash", "zsh", "fish"], Argument()]) -> None:
-    """Print what makes a shell complete the installed command `refdpo`: its commands, options and their values.
+    """Print the script with which a shell completes `refdpo`.
+
+    It completes commands, options and their values.
 
     In ~/.bashrc or ~/.zshrc: eval "$(refdpo completion bash)", or zsh. fish: refdpo completion fish > ~/.config/fish/completions/refdpo.fish
     """
@@ -480,10 +495,12 @@ def _resource_options() -> list[click.Option]:
 
 
 @command("submit", SubmitConfig, more=tuple(_resource_options()))
-def submit_cmd(dry_run: Annotated[bool, Option("Check, and print the commands and the scripts instead.")] = False, **given) -> None:
-    """Queue both phases on a Slurm cluster: precompute, then train once it has succeeded.
+def submit_cmd(
+    dry_run: Annotated[bool, Option("Check, print the commands and the scripts, and queue nothing.")] = False, **given
+) -> None:
+    """Queue both phases on a Slurm cluster.
 
-    What can be wrong is looked for first. The jobs work in this folder. --gpus, --cpus, --mem, --time, --partition, --account, --qos and
+    Train starts once precompute has succeeded. What can be wrong is looked for first. The jobs work in this folder. --gpus, --cpus, --mem, --time, --partition, --account, --qos and
     --sbatch-args hold for both phases; --precompute-time, --train-gpus and so on for one. Secrets (HF_TOKEN, WANDB_API_KEY) come from the
     environment or .env.
     """

@@ -1,6 +1,6 @@
 """A config dataclass's fields are the options: what stands in their annotation is the command line, --help and docs/settings.md.
 
-    max_steps: Annotated[int | None, Option("Stop after so many optimizer steps.", at_least=1)] = None
+    max_steps: Annotated[int | None, Option("Stop after N optimizer steps.", at_least=1)] = None
 
 is `--max-steps INTEGER`. The parameters of a function are read in the same way: commands that need no config take their options so. A field
 that is itself a dataclass stands for its fields. A field without an Option is none, and is set by code alone.

@@ -29,7 +29,7 @@ MEANT = {
 }
 """Options of another command or of TRL's and torchrun's, and what they are called here: too far apart for click to see it."""
 
-CONFIG = "YAML or JSON file with options by name; what is typed comes first. The run.json of an earlier run is one."
+CONFIG = "YAML or JSON file with options by name; typed options come first. The run.json of an earlier run works too."
 
 OF_A_START = ("resume",)
 """What a run.json says of how its run was started, and not of what is trained."""

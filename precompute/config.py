@@ -29,7 +29,7 @@ class Source:
     dataset: Annotated[
         tuple[str, ...],
         Option(
-            "think | instruct | think-ai2 | instruct-ai2 | think-32b | instruct-32b | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md. Repeated: all of them.",
+            "think | instruct | think-ai2 | instruct-ai2 | think-32b | instruct-32b | demo, a hub id, a file, a 'pattern*.parquet', or a folder: docs/data.md. Repeatable: all go into one store.",
             DATA,
         ),
     ]
@@ -41,7 +41,7 @@ class Source:
     dataset_config: Annotated[str | None, Option("Configuration of a dataset that has several.", DATA)] = None
     dataset_revision: Annotated[str | None, Option("Revision of the dataset on the hub.", DATA)] = None
     split: Annotated[str, Option("Split of the dataset, or a part of one such as 'train[:1000]'.", DATA, default="train")]
-    limit: Annotated[int | None, Option("Only the first so many rows.", DATA, at_least=1)] = None
+    limit: Annotated[int | None, Option("Only the first N rows.", DATA, at_least=1)] = None
     columns: ColumnOptions = field(default_factory=ColumnOptions)
 
 
@@ -95,7 +95,7 @@ class PrecomputeConfig(StoreConfig):
     layout: Annotated[Layout, Option("padded: plain batches, for models that packed refuses.", SPEED)] = "packed"
     attention_kernel: Annotated[
         AttentionKernel,
-        Option("Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", SPEED),
+        Option("Attention of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", SPEED),
     ] = "default"
     torch_compile: Annotated[
         bool, Option("Compile the layers of the packed layout, once for rows of any length. The first rows take a minute.", SPEED)
@@ -103,7 +103,7 @@ class PrecomputeConfig(StoreConfig):
     tokens_per_batch: Annotated[
         int | Literal["auto"],
         Option(
-            "Token budget of one forward pass: bounds its memory. auto: measure, and take the largest that fits.",
+            "Most tokens of one forward pass: limits its memory. auto: measure, and take the largest number that fits.",
             SPEED,
             type=IntegerOrAuto(),
         ),
@@ -111,7 +111,7 @@ class PrecomputeConfig(StoreConfig):
     gpus_per_worker: Annotated[
         int,
         Option(
-            "Spread the model over so many GPUs, for one that does not fit on a single one; a worker for each so many.",
+            "GPUs of one worker: more than 1 spreads a model that does not fit on a single GPU.",
             SPEED,
             at_least=1,
         ),
@@ -123,7 +123,7 @@ class PrecomputeConfig(StoreConfig):
     reuse: Annotated[
         tuple[Path, ...],
         Option(
-            "Another store of the same model: pairs that it has, at this max length or a longer one, are taken from it; repeatable.",
+            "Another store of the same model: pairs that it has are taken from it. Of one with a shorter --max-length, those that it did not cut. Repeatable.",
             STORE,
         ),
     ] = ()
@@ -166,11 +166,11 @@ class AnalyzeConfig(Source):
         str | None, Option("Folder or hub id, for its tokenizer; it is not loaded.", MODEL, default="the preset's")
     ] = None
     max_lengths: Annotated[
-        tuple[int, ...], Option("Ask about this one too; may be given several times.", DATA, flags=("--max-length",), at_least=2)
+        tuple[int, ...], Option("Report on this length too; repeatable.", DATA, flags=("--max-length",), at_least=2)
     ] = MAX_LENGTHS
-    sample: Annotated[int | None, Option("Only so many rows, evenly spaced over the dataset.", DATA, at_least=1)] = None
+    sample: Annotated[int | None, Option("Only N rows, evenly spaced over the dataset.", DATA, at_least=1)] = None
     tokens_per_second: Annotated[
-        float | None, Option("Measured by precompute, of one GPU: adds the expected times.", SPEED, type=Rate())
+        float | None, Option("Of one GPU, as precompute prints it: adds the expected times.", SPEED, type=Rate())
     ] = None
     train_tokens_per_second: Annotated[
         float | None, Option("Of one GPU in training.", SPEED, default="a quarter of the other", type=Rate())
@@ -178,7 +178,7 @@ class AnalyzeConfig(Source):
     num_gpus: Annotated[int, Option("For the expected times.", SPEED, at_least=1)] = 1
     tokens_per_batch: Annotated[int, Option("As for precompute.", SPEED, at_least=1)] = 16384
     num_workers: Annotated[int | None, Option("Processes.", SPEED, default="one per core where it pays", at_least=1)] = None
-    png: Annotated[Path | None, Option("The histogram.", OUTPUT, default="runs/analyze/NAME.png, as store/NAME")] = None
+    png: Annotated[Path | None, Option("File of the histogram.", OUTPUT, default="runs/analyze/NAME.png, as store/NAME")] = None
     json: Annotated[bool, Option("The numbers as JSON instead of text.", OUTPUT)] = False
     quiet: Annotated[bool, Option("No progress bar.", OUTPUT)] = False
 

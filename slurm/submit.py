@@ -39,7 +39,7 @@ class Resources:
     """As sbatch writes them: 4, h100:4, a100:2,h100:2."""
     cpus: Annotated[int, Option("CPUs per node.", RESOURCES)] = 32
     mem: Annotated[str, Option("Memory per node.", RESOURCES)] = "500G"
-    time: Annotated[str, Option("Limit per job. Some minutes before it a job is requeued and goes on.", RESOURCES)] = "24:00:00"
+    time: Annotated[str, Option("Limit per job. A job is requeued some minutes before, and goes on.", RESOURCES)] = "24:00:00"
     partition: Annotated[str | None, Option("As for sbatch.", RESOURCES)] = None
     account: Annotated[str | None, Option("As for sbatch.", RESOURCES)] = None
     qos: Annotated[str | None, Option("As for sbatch.", RESOURCES)] = None
@@ -81,7 +81,7 @@ class SubmitConfig:
     ref_store: Annotated[Path | None, Option("Folder of the store.", "Store", default="store/<dataset>")] = None
     array: Annotated[
         int | None,
-        Option("Phase 1 as an array of so many jobs, each with the resources below.", RESOURCES, default="one job", at_least=1),
+        Option("Phase 1 as an array of N jobs, each with the resources below.", RESOURCES, default="one job", at_least=1),
     ] = None
     precompute_nodes: Annotated[int, Option("Nodes of (each job of) phase 1.", RESOURCES, at_least=1)] = 1
     train_nodes: Annotated[int, Option("Nodes of phase 2.", RESOURCES, at_least=1)] = 1

@@ -151,6 +151,13 @@ def test_examples_in_help_have_options_that_exist():
             assert not rest and not missing, argv
 
 
+def test_the_list_of_commands_says_each_in_a_whole_sentence():
+    """Click cuts what is longer than its line and puts dots there."""
+    listed = CliRunner().invoke(cli.main, ["--help"], terminal_width=80).output.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(cli.main.commands)
+    assert all(line.endswith(".") and not line.endswith("..") for line in listed), listed
+
+
 def without_code(text: str) -> str:
     return re.sub(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
 

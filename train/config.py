@@ -94,7 +94,7 @@ class TrainConfig:
     """Evaluation with `eval_fraction` is on these alone too."""
     where_file: Annotated[
         Path | None,
-        Option("File with one pair_id a line, or with such a condition, that must hold too.", PAIRS, type=FILE),
+        Option("File with one pair_id per line, or with an SQL condition. It must hold as well as --where.", PAIRS, type=FILE),
     ] = None
     order_by: Annotated[str | None, Option("SQL order to train in, such as 'num_chosen_tokens', instead of shuffling.", PAIRS)] = (
         None
@@ -146,10 +146,10 @@ class TrainConfig:
     ld_alpha: Annotated[float | None, Option("LD-DPO: weight of the tokens beyond the shorter completion.", LOSS)] = None
     """None: plain sums."""
     f_divergence_type: Annotated[
-        str, Option("Of policy and reference, in the loss; for the losses of which TRL knows it.", LOSS, choices=F_DIVERGENCES)
+        str, Option("Divergence of policy and reference, for the losses for which TRL has it.", LOSS, choices=F_DIVERGENCES)
     ] = "reverse_kl"
     f_alpha_divergence_coef: Annotated[float, Option("Alpha of alpha_divergence.", LOSS)] = 0.5
-    use_weighting: Annotated[bool, Option("WPO: weigh pairs by how likely the policy is to write their completions.", LOSS)] = False
+    use_weighting: Annotated[bool, Option("WPO: weight pairs by how likely their completions are under the policy.", LOSS)] = False
     learning_rate: Annotated[float, Option(group=OPTIMIZATION, default=usual("learning_rate"))]
     lr_scheduler_type: Annotated[str, Option(group=OPTIMIZATION, default=usual("lr_scheduler_type"))] = Preset.lr_scheduler_type
     lr_scheduler_kwargs: Annotated[
@@ -165,7 +165,7 @@ class TrainConfig:
     ] = None
     """With it `warmup_ratio` is 0."""
     num_train_epochs: Annotated[float, Option(group=OPTIMIZATION, default=usual("num_train_epochs"))] = Preset.num_train_epochs
-    max_steps: Annotated[int | None, Option("Stop after so many optimizer steps.", OPTIMIZATION, at_least=1)] = None
+    max_steps: Annotated[int | None, Option("Stop after N optimizer steps.", OPTIMIZATION, at_least=1)] = None
     """Whatever `num_train_epochs` says."""
     optim: Annotated[
         str | None,
@@ -230,7 +230,7 @@ class TrainConfig:
     ] = None
     attention_kernel: Annotated[
         AttentionKernel,
-        Option("Of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", MACHINE),
+        Option("Attention of the packed layout on a GPU: PyTorch's own, or FlashAttention 3 or 4 from its package.", MACHINE),
     ] = "default"
     gradient_checkpointing: Annotated[
         bool | None,
@@ -254,28 +254,31 @@ class TrainConfig:
     save_strategy: Annotated[str, Option(group=RECORDS, choices=("no", "steps", "epoch"))] = "steps"
     """When a checkpoint to resume from is written. The trained model is saved in any case."""
     save_steps: Annotated[int, Option(group=RECORDS, at_least=1)] = 500
-    save_total_limit: Annotated[int | None, Option("Keep so many of the newest checkpoints.", RECORDS, at_least=1)] = None
+    save_total_limit: Annotated[int | None, Option("Keep only the newest N checkpoints.", RECORDS, at_least=1)] = None
     """None: all."""
     save_only_model: Annotated[
-        bool, Option("Checkpoints without optimizer states: smaller, and not to be resumed from.", RECORDS)
+        bool, Option("Checkpoints without optimizer states: smaller, but --resume cannot use them.", RECORDS)
     ] = False
     load_best_model_at_end: Annotated[
         bool, Option("Save the model of the checkpoint that evaluated best, instead of the last.", RECORDS)
     ] = False
     metric_for_best_model: Annotated[
-        str | None, Option("By which evaluation is best.", RECORDS, default="loss", choices=METRICS)
+        str | None, Option("What decides which evaluation is best.", RECORDS, default="loss", choices=METRICS)
     ] = None
-    eval_steps: Annotated[int | None, Option("Evaluate every so many steps.", RECORDS, default="once per epoch", at_least=1)] = None
+    eval_steps: Annotated[int | None, Option("Evaluate every N steps.", RECORDS, default="once per epoch", at_least=1)] = None
     report_to: Annotated[tuple[str, ...], Option(group=RECORDS, default="none", choices=(*REPORTERS, "none"))] = ()
-    run_name: Annotated[str | None, Option("Of the run, for --report-to.", RECORDS)] = None
+    run_name: Annotated[str | None, Option("Name of the run, for --report-to.", RECORDS)] = None
     resume: Annotated[
         bool | Path,
-        Option("Go on from the last checkpoint in --output-dir; what is finished stays as it is.", RECORDS),
+        Option("Go on from the last checkpoint in --output-dir; a finished run stays as it is.", RECORDS),
     ] = False
     """A path: from that checkpoint."""
     push_to_hub: Annotated[
         bool,
-        Option("Copy the trained model to the Hub, which is reached first; with --resume, a finished one alone.", RECORDS),
+        Option(
+            "Copy the trained model to the Hub; access is tried before training. With --resume and a finished run: only copy.",
+            RECORDS,
+        ),
     ] = False
     hub_model_id: Annotated[str | None, Option("Repository for --push-to-hub.", RECORDS)] = None
     dataloader_num_workers: Annotated[int, Option("Processes that read pairs ahead, per device.", MACHINE, at_least=0)] = 0
@@ -285,14 +288,14 @@ class TrainConfig:
     allow_different_policy: Annotated[bool, Option("Train a policy that is not the store's reference.", MODEL)] = False
     """The loss then does not start at that of an untrained model."""
     use_peft: Annotated[
-        bool, Option("Train a LoRA adapter beside the frozen policy, or go on with one that --policy is.", LORA)
+        bool, Option("Freeze the policy and train a LoRA adapter; if --policy is an adapter, train that one further.", LORA)
     ] = False
     lora_r: Annotated[int | None, Option("Rank.", LORA, default=str(LORA_R), at_least=1)] = None
     """These four None: as said, or those of the adapter that is trained on."""
     lora_alpha: Annotated[
-        int | None, Option("What the adapter computes counts alpha / r times.", LORA, default=str(LORA_ALPHA), at_least=1)
+        int | None, Option("The adapter's output is multiplied by alpha / r.", LORA, default=str(LORA_ALPHA), at_least=1)
     ] = None
-    lora_dropout: Annotated[float | None, Option("Of what goes into the adapter, while it trains.", LORA, default="0")] = None
+    lora_dropout: Annotated[float | None, Option("Dropout before the adapter, while it trains.", LORA, default="0")] = None
     """TRL takes the number and trains without; here it counts."""
     lora_target_modules: Annotated[
         tuple[str, ...],
@@ -302,8 +305,8 @@ class TrainConfig:
             default="peft's choice for the architecture",
         ),
     ] = ()
-    use_rslora: Annotated[bool, Option("alpha / sqrt(r) instead of alpha / r.", LORA)] = False
-    load_in_4bit: Annotated[bool, Option("The frozen weights in 4 bits (QLoRA), by bitsandbytes.", LORA)] = False
+    use_rslora: Annotated[bool, Option("Scale by alpha / sqrt(r) instead of alpha / r.", LORA)] = False
+    load_in_4bit: Annotated[bool, Option("Keep the frozen weights in 4 bits (QLoRA), with bitsandbytes.", LORA)] = False
 
     def __post_init__(self):
         for name in ("ref_store", "output_dir", "eval_ref_store", "chat_template", "zero_config"):

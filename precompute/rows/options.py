@@ -22,7 +22,9 @@ class ColumnOptions:
     ] = None
     system: Annotated[
         str | None,
-        Option("Column whose text becomes the first turn; texts then become turns too.", DATA, flags=("--system-column",)),
+        Option(
+            "Column whose text becomes a first system turn; plain texts then become turns too.", DATA, flags=("--system-column",)
+        ),
     ] = None
     as_conversation: Annotated[bool, Option("Plain texts become turns: user (prompt) and assistant (answers).", DATA)] = False
     ignore: Annotated[
