@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from store.reader import open_store
 from train.balance import shuffled
 from train.bins import num_micro_steps
-from train.config import LOSS_TYPES, SORT_PAIRS
+from train.choices import LOSS_TYPES, SORT_PAIRS
 from train.data import dataset_of, lengths_of
 from train.leave import leave
 from train.trainer import StoreDPOTrainer

@@ -22,7 +22,8 @@ from trl import DPOConfig, DPOTrainer
 
 from store.reader import open_store
 from train.balance import RELATE_PAIRS, Shape, deal, deal_whole
-from train.config import LOSS_TYPES, TrainConfig
+from train.choices import LOSS_TYPES
+from train.config import TrainConfig
 from train.data import dataset_of, lengths_of
 from train.leave import leave
 from train.run import train

@@ -11,8 +11,9 @@ import yaml
 from trl import DPOConfig
 
 from store.errors import InputError
-from train.choices import F_DIVERGENCES, F_LOSSES, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES
-from train.config import FREE_ON_RESUME, LOSS_TYPES, ZERO2, TrainConfig, beta_notice, default_beta
+from train.beta import beta_notice, default_beta
+from train.choices import F_DIVERGENCES, F_LOSSES, LOSS_TYPES, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES
+from train.config import FREE_ON_RESUME, ZERO2, TrainConfig
 from train.zero import refuse_contradictions
 
 GOOD = TrainConfig(
@@ -113,7 +114,7 @@ def test_beta_belongs_to_the_loss():
         (("sigmoid_norm",), 2.0, None),
         (("sft",), 5.0, None),
     ):
-        notice = beta_notice(replace(GOOD, loss_type=loss, beta=beta))
+        notice = beta_notice(loss, beta)
         assert notice is None if named is None else named in notice
 
 

@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from store.errors import InputError
 from train.balance import BalancedSampler, Shape, deal, deal_whole, imbalance, shuffled
-from train.config import LOSS_TYPES
+from train.choices import LOSS_TYPES
 from train.data import Lengths
 from train.flops import PairFlops
 from train.packed import pack_policy

@@ -14,7 +14,7 @@ from trl.trainer import base_trainer, dpo_trainer
 from trl.trainer.utils import hash_module
 
 from store.reader import open_store
-from train.config import LOSS_TYPES
+from train.choices import LOSS_TYPES
 from train.data import dataset_of, lengths_of
 from train.dropout import turn_off
 from train.trainer import StoreDPOTrainer

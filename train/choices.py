@@ -59,6 +59,28 @@ REPORTERS: dict[str, str] = {
 }
 """transformers' reporters, and the module that each needs."""
 
+LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+"""TRL 1.16's, in its order. OLMo 3 and Tulu call `sigmoid_norm` dpo_norm."""
+
+SORT_PAIRS = ("aot", "aot_unpaired")
+"""Losses that sort the pairs of a micro-batch: their value depends on its size."""
+
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 F_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")

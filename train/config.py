@@ -1,50 +1,19 @@
-"""Everything a training run is told, as options (options.py), checked before anything is loaded. Contradictions are refused, nothing is adjusted in silence."""
+"""Everything a training run is told, as options (options.py). Contradictions are refused (checks.py), nothing is adjusted in silence."""
 
-import importlib.util
-import json
-import math
-import re
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from options import FILE, STORE_TO_READ, IntegerOrAuto, JsonObject, Numbers, Option, StorePath
 from precompute.scorer import AttentionKernel, Layout
 from presets import Preset
 from store import DTYPES
 from store.errors import InputError
-from train.choices import ADAMS, F_DIVERGENCES, F_LOSSES, METRICS, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES
+from train.checks import check, is_pattern
+from train.choices import F_DIVERGENCES, METRICS, OPTIMIZERS, REPORTERS, SORT_PAIRS
 
 ZERO2 = Path(__file__).with_name("zero2.json")
 """The DeepSpeed configuration used unless another is given: stage 2, `auto` where the other options already say it."""
-
-LOSS_TYPES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
-"""TRL 1.16's, in its order. OLMo 3 and Tulu call `sigmoid_norm` dpo_norm."""
-
-SORT_PAIRS = ("aot", "aot_unpaired")
-"""Losses that sort the pairs of a micro-batch: their value depends on its size."""
-
-BETA = {"sigmoid_norm": 5.0}
-"""Usual values of losses that compare means of log-probs: OLMo 3's and Tulu's."""
-
-BETA_ELSE = 0.1
-"""TRL's default, for all other losses: most compare sums over completions of some hundred tokens."""
 
 PAIRS, MODEL, LORA, LOSS, OPTIMIZATION, MACHINE, RECORDS = (
     "Pairs",
@@ -67,14 +36,6 @@ def usual(name: str) -> str:
 
 LORA_R, LORA_ALPHA = 16, 32
 """TRL's defaults."""
-
-OF_FRESH_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
-"""Options that an adapter that is trained on has decided."""
-
-
-def is_pattern(name: str) -> bool:
-    """Whether this is a regular expression for whole names of layers, rather than a name or the end of one."""
-    return re.fullmatch(r"[\w.,-]+", name) is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,217 +276,9 @@ class TrainConfig:
         for name in ("loss_type", "loss_weights", "report_to", "lora_target_modules"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        self._check_loss()
-        self._check_schedule()
-        self._check_environment()
-        self._check_adapter()
-
-    def _check_loss(self) -> None:
-        unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
-        if unknown or not self.loss_type:
-            found = ", ".join(unknown) or "none"
-            raise InputError(
-                "unknown loss type", where="--loss-type", expected=f"one or more of {', '.join(LOSS_TYPES)}", found=found
-            )
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise InputError(
-                "every loss type needs its weight",
-                where="--loss-weights",
-                expected=f"{len(self.loss_type)} weights for {', '.join(self.loss_type)}",
-                found=len(self.loss_weights),
-            )
-        _require(self.beta > 0 and math.isfinite(self.beta), "--beta", "a positive number", self.beta)
-        smoothed = [name for name in self.loss_type if name in ("robust", "exo_pair")]
-        if self.label_smoothing and not smoothed:
-            raise InputError(
-                f"label smoothing has no effect on {', '.join(self.loss_type)}",
-                where=f"--label-smoothing {self.label_smoothing}",
-                next="Use it with robust or exo_pair.",
-            )
-        _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "at least 0 and below 0.5", self.label_smoothing)
-        if "exo_pair" in self.loss_type and not self.label_smoothing:
-            raise InputError("exo_pair needs label smoothing above 0", where="--label-smoothing", next="The EXO paper uses 0.001.")
-        sorting = [name for name in self.loss_type if name in SORT_PAIRS]
-        if self.use_weighting and sorting:
-            raise InputError(
-                f"weighting pairs has no meaning for {', '.join(sorting)}",
-                where="--use-weighting",
-                next="It sorts the pairs of a batch; use another loss.",
-            )
-        if self.use_weighting and "sft" in self.loss_type:
-            raise InputError(
-                "weighting pairs has no meaning for sft",
-                where="--use-weighting",
-                next="It is a mean over tokens; leave out one of the two.",
-            )
-        _require_one_of(self.f_divergence_type, F_DIVERGENCES, "--f-divergence-type")
-        others = [name for name in self.loss_type if name not in F_LOSSES]
-        if self.f_divergence_type != "reverse_kl" and others:
-            raise InputError(
-                f"TRL knows {', '.join(others)} under reverse_kl alone",
-                where=f"--f-divergence-type {self.f_divergence_type}",
-                expected=f"losses of {', '.join(F_LOSSES)}",
-                next="Leave it out, or use another --loss-type.",
-            )
-        if self.f_alpha_divergence_coef != DEFAULTS["f_alpha_divergence_coef"] and self.f_divergence_type != "alpha_divergence":
-            raise InputError(
-                "belongs to --f-divergence-type alpha_divergence", where="--f-alpha-divergence-coef", next="Leave it out."
-            )
-        _require(math.isfinite(self.f_alpha_divergence_coef), "--f-alpha-divergence-coef", "a number", self.f_alpha_divergence_coef)
-        _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "--ld-alpha", "a number from 0 to 1", self.ld_alpha)
-
-    def _check_schedule(self) -> None:
-        positive = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps")
-        optional = (
-            "per_device_train_batch_size",
-            "effective_batch_size",
-            "gradient_accumulation_steps",
-            "max_length",
-            "max_steps",
-            "eval_steps",
-            "save_total_limit",
-        )
-        for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
-            value = getattr(self, name)
-            _require(value > 0 and math.isfinite(value), _option(name), "a positive number", value)
-        for name in ("weight_decay", "max_grad_norm", "dataloader_num_workers"):
-            _require(getattr(self, name) >= 0, _option(name), "0 or more", getattr(self, name))
-        _require(0 <= self.warmup_ratio < 1, "--warmup-ratio", "at least 0 and below 1", self.warmup_ratio)
-        if (self.effective_batch_size is None) == (self.gradient_accumulation_steps is None):
-            both = "both are given" if self.effective_batch_size is not None else "neither is given"
-            raise InputError(f"{both}", where="--effective-batch-size, --gradient-accumulation-steps", expected="one of the two")
-        self._check_scheduler()
-        self._check_optimizer()
-        if (self.tokens_per_batch is None) == (self.per_device_train_batch_size is None):
-            both = "neither is given" if self.tokens_per_batch is None else "both are given"
-            raise InputError(both, where="--tokens-per-batch, --per-device-train-batch-size", expected="one of the two")
-        if self.tokens_per_batch is not None and (why := self.refuses_tokens) is not None:
-            raise InputError(
-                f"micro-batches have a fixed number of pairs with {why}",
-                where=f"--tokens-per-batch {self.tokens_per_batch}",
-                next="Give --per-device-train-batch-size instead.",
-            )
-        _require_one_of(self.save_strategy, ("no", "steps", "epoch"), "--save-strategy")
-        if self.dtype is not None:
-            _require_one_of(self.dtype, DTYPES, "--dtype")
-        _require(
-            self.eval_fraction is None or 0 < self.eval_fraction < 1,
-            "--eval-fraction",
-            "a number between 0 and 1",
-            self.eval_fraction,
-        )
-        if self.eval_fraction is not None and self.eval_ref_store is not None:
-            raise InputError("both are given", where="--eval-fraction, --eval-ref-store", expected="one of the two")
-        if self.eval_steps is not None and not self.evaluates:
-            raise InputError(
-                "there is nothing to evaluate on", where="--eval-steps", next="Give --eval-ref-store or --eval-fraction too."
-            )
-        self._check_saving()
-
-    def _check_scheduler(self) -> None:
-        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs or {}
-        _require_one_of(kind, tuple(SCHEDULES), "--lr-scheduler-type")
-        if unknown := [name for name in given if name not in SCHEDULES[kind]]:
-            raise InputError(
-                f"the schedule {kind} has no {', '.join(unknown)}",
-                where="--lr-scheduler-kwargs",
-                expected=", ".join(SCHEDULES[kind]) or "none: it has no arguments",
-            )
-        if kind in ONE_OF and not set(ONE_OF[kind]) & given.keys():
-            raise InputError(
-                f"the schedule {kind} needs {' or '.join(ONE_OF[kind])}",
-                where="--lr-scheduler-kwargs",
-                next=f"""Add --lr-scheduler-kwargs '{{"{ONE_OF[kind][-1]}": {"100" if "steps" in ONE_OF[kind][-1] else "0.1"}}}', say.""",
-            )
-        if self.warmup_steps is not None and self.warmup_ratio:
-            raise InputError("both are given", where="--warmup-steps, --warmup-ratio", expected="one of the two")
-        _require(self.warmup_steps is None or self.warmup_steps >= 0, "--warmup-steps", "0 or more", self.warmup_steps)
-
-    def _check_optimizer(self) -> None:
-        for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, _option(name), "at least 0 and below 1", getattr(self, name))
-        _require(
-            self.adam_epsilon > 0 and math.isfinite(self.adam_epsilon), "--adam-epsilon", "a positive number", self.adam_epsilon
-        )
-        if self.optim is None:
-            return
-        _require_one_of(self.optim, tuple(OPTIMIZERS), "--optim")
-        changed = [_option(name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(self, name) != DEFAULTS[name]]
-        if changed and self.optim not in ADAMS:
-            raise InputError(f"has no effect on {self.optim}", where=", ".join(changed), next="Leave it out.")
-        if (package := OPTIMIZERS[self.optim]) is not None and importlib.util.find_spec(package) is None:
-            raise InputError("its package is not installed", where=f"--optim {self.optim}", next=f"pip install {package}")
-
-    def _check_saving(self) -> None:
-        if self.metric_for_best_model is not None:
-            _require_one_of(self.metric_for_best_model, METRICS, "--metric-for-best-model")
-            if not self.load_best_model_at_end:
-                raise InputError("belongs to --load-best-model-at-end", where="--metric-for-best-model", next="Give both.")
-        if not self.load_best_model_at_end:
-            return
-        where = "--load-best-model-at-end"
-        if not self.evaluates:
-            raise InputError("there is nothing to evaluate on", where=where, next="Give --eval-ref-store or --eval-fraction too.")
-        if self.save_only_model:
-            raise InputError("DeepSpeed loads whole checkpoints alone", where=f"{where}, --save-only-model", next="Leave one out.")
-        matching = (
-            self.save_strategy == "epoch"
-            if self.eval_steps is None
-            else self.save_strategy == "steps" and self.save_steps % self.eval_steps == 0
-        )
-        if not matching:
-            evaluated = "once per epoch" if self.eval_steps is None else f"every {self.eval_steps} steps"
-            raise InputError(
-                "every checkpoint must have been evaluated",
-                where=where,
-                expected="--save-strategy epoch"
-                if self.eval_steps is None
-                else f"--save-strategy steps, --save-steps a multiple of {self.eval_steps}",
-                found=f"saved by {self.save_strategy}{f', every {self.save_steps}' if self.save_strategy == 'steps' else ''}, evaluated {evaluated}",
-                next="Change --save-strategy, --save-steps or --eval-steps.",
-            )
-
-    def _check_environment(self) -> None:
-        for name in self.report_to:
-            _require_one_of(name, tuple(REPORTERS), "--report-to")
-            if importlib.util.find_spec(REPORTERS[name]) is None:
-                raise InputError("not installed", where=f"--report-to {name}", next=f"pip install {REPORTERS[name]}")
-        if self.push_to_hub != (self.hub_model_id is not None):
-            raise InputError("belong together", where="--push-to-hub, --hub-model-id", next="Give both or neither.")
-        if self.revision is not None and self.policy is None:
-            raise InputError(
-                "belongs to --policy", where="--revision", next="Without --policy the store's model and revision are used."
-            )
-        _require_one_of(self.layout, get_args(Layout), "--layout")
-        if self.layout == "packed" and self.attn_implementation is not None:
-            raise InputError(
-                "the packed layout brings its own attention",
-                where=f"--attn-implementation {self.attn_implementation}",
-                next="Leave it out, or use --layout padded.",
-            )
-        _require_one_of(self.attention_kernel, get_args(AttentionKernel), "--attention-kernel")
-        zero_stage(self.zero_config)
-
-    def _check_adapter(self) -> None:
         modules = tuple(name for each in self.lora_target_modules for name in ([each] if is_pattern(each) else each.split(",")))
         object.__setattr__(self, "lora_target_modules", modules)
-        _require(
-            len(modules) < 2 or not any(name == "all-linear" or is_pattern(name) for name in modules),
-            "--lora-target-modules",
-            "names of layers, or all-linear alone, or one regular expression",
-            ", ".join(modules),
-        )
-        if self.lora_dropout is not None:
-            _require(0 <= self.lora_dropout < 1, "--lora-dropout", "at least 0 and below 1", self.lora_dropout)
-        if not self.use_peft:
-            if given := [
-                _option(name) for name in (*OF_FRESH_ADAPTER, "load_in_4bit") if getattr(self, name) not in (None, False, ())
-            ]:
-                raise InputError("belongs to --use-peft", where=", ".join(given), next="Give --use-peft too.")
-            return
-        for option, package in (("--use-peft", "peft"), ("--load-in-4bit", "bitsandbytes")):
-            if importlib.util.find_spec(package) is None and getattr(self, option[2:].replace("-", "_")):
-                raise InputError(f"needs {package}, which is not installed", where=option, next=f"pip install {package}")
+        check(self)
 
     @property
     def evaluates(self) -> bool:
@@ -591,28 +344,6 @@ def fixed_pairs(
     return None
 
 
-def default_beta(loss_type: tuple[str, ...]) -> float:
-    """The usual beta of these losses. Raises InputError where they have not got the same."""
-    usual = {BETA.get(name, BETA_ELSE) for name in loss_type if name != "sft"} or {BETA_ELSE}
-    if len(usual) > 1:
-        raise InputError(
-            "must be given: these losses have betas of different scales",
-            where="--beta",
-            found=", ".join(f"{name} {BETA.get(name, BETA_ELSE):g}" for name in loss_type if name != "sft"),
-        )
-    return usual.pop()
-
-
-def beta_notice(config: TrainConfig) -> str | None:
-    """What is said of a beta more than ten times larger or smaller than the usual one of its loss."""
-    for name in config.loss_type:
-        usual = BETA.get(name, BETA_ELSE)
-        if name != "sft" and not usual / 10 <= config.beta <= usual * 10:
-            scale = f"{name} compares {'means' if name in BETA else 'sums'} of log-probs" if name != "ipo" else "ipo's own"
-            return f"beta {config.beta:g} is far from the usual {usual:g} of --loss-type {name} ({scale}): is it meant for another loss?"
-    return None
-
-
 FREE_ON_RESUME = frozenset(
     {
         *(
@@ -654,38 +385,3 @@ The store is compared by its identity and the batch by its size in pairs, whatev
 DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
 assert {field.name for field in fields(TrainConfig)} >= FREE_ON_RESUME
-
-
-def zero_stage(path: Path) -> int:
-    """The ZeRO stage of a DeepSpeed configuration: 0, 1 or 2. Raises InputError for a file that is none, or stage 3."""
-    where = f"--zero-config {path}"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        stage = config["zero_optimization"]["stage"]
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", where=where) from error
-    except (KeyError, TypeError) as error:
-        raise InputError("names no ZeRO stage", where=where, expected='{"zero_optimization": {"stage": 2, …}, …}') from error
-    if stage not in (0, 1, 2):
-        raise InputError(
-            "this trains with whole parameters on every device",
-            where=where,
-            expected="ZeRO stage 0, 1 or 2",
-            found=f"stage {stage}",
-            next="The gate rescores with the live policy before step 1, which needs them whole.",
-        )
-    return stage
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _require(holds: bool, where: str, expected: str, found: object) -> None:
-    if not holds:
-        raise InputError("out of range", where=where, expected=expected, found=found)
-
-
-def _require_one_of(value: str, allowed: tuple[str, ...], where: str) -> None:
-    if value not in allowed:
-        raise InputError("unknown value", where=where, expected=f"one of {', '.join(allowed)}", found=value)

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, set_seed
 
 from precompute.scorer.adapter import Adapter, attached
 from store.errors import InputError
-from train.config import LORA_ALPHA, LORA_R, OF_FRESH_ADAPTER, TrainConfig, is_pattern
+from train.checks import OF_FRESH_ADAPTER, is_pattern
+from train.config import LORA_ALPHA, LORA_R, TrainConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -21,7 +21,8 @@ from store.command import again, typed
 from store.errors import InputError
 from store.manifest import Identity, causes
 from train.checkpoint import COMPLETE, cut_short, last_checkpoint, model_only, state_of
-from train.config import DEFAULTS, FREE_ON_RESUME, SORT_PAIRS, TrainConfig
+from train.choices import SORT_PAIRS
+from train.config import DEFAULTS, FREE_ON_RESUME, TrainConfig
 
 NAME = "run.json"
 

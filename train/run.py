@@ -51,8 +51,9 @@ from store.errors import InputError
 from store.select import Selection
 from train import card, gate, hub, lora, record
 from train.balance import Shape, imbalance, shuffled
+from train.beta import beta_notice
 from train.checkpoint import remove_cut_short, state_of
-from train.config import TrainConfig, beta_notice
+from train.config import TrainConfig
 from train.data import Lengths, dataset_of, lengths_of
 from train.interrupt import CheckpointAndStop, anyone_told, evaluation_is_due
 from train.memory import MemoryPlan, choose, explained, measure
@@ -99,7 +100,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     eval_pairs = None
     if planned.eval is not None:
         eval_pairs = dataset_of(planned.eval_store, planned.max_length, config.ld_alpha, planned.eval)
-    if notice := beta_notice(config):
+    if notice := beta_notice(config.loss_type, config.beta):
         say(notice)
     if (preset := PRESETS.get(store.manifest.preset)) is not None and preset.note:
         say(preset.note)

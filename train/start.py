@@ -14,8 +14,9 @@ from stop import STOP_TRAINING, Stopped, listening
 from store.errors import InputError
 from store.reader import open_store
 from train import hub, record
+from train.beta import default_beta
 from train.checkpoint import last_checkpoint
-from train.config import TrainConfig, default_beta, fixed_pairs
+from train.config import TrainConfig, fixed_pairs
 from train.plan import Plan, plan, refuse_folder, refuse_other_course
 
 OF_PRESET = (
