@@ -87,6 +87,20 @@ def test_walkthrough_runs_as_written(folder):
         assert (folder / made).exists(), made
 
 
+def test_messages_that_the_walkthrough_explains_are_those_of_the_code():
+    """Of `the policy … is not the reference of this store` each part between dots and numbers stands in the code."""
+    table = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8").partition("| what you see |")[2]
+    code = (
+        "".join(
+            file.read_text() for file in ROOT.glob("**/*.py") if file.relative_to(ROOT).parts[0] in ("precompute", "store", "train")
+        )
+        + (ROOT / "launch.py").read_text()
+    )
+    shown = re.findall(r"^\| `([^`]*)`", table, re.MULTILINE)
+    parts = [part.strip() for message in shown for part in re.split(r"…|\d+", message) if len(part.strip()) > 1]
+    assert len(shown) == 9 and not [part for part in parts if part not in code]
+
+
 def test_snippets_run(folder):
     if not (folder / "store" / "demo" / "_manifest.json").exists():
         run(["precompute", "--dataset", "demo"], folder)
