@@ -113,7 +113,7 @@ def run_one(args) -> None:
     from train.config import ZERO2
     from train.data import Lengths, dataset_of, lengths_of
     from train.flops import PairFlops
-    from train.run import join, peak_memory
+    from train.ranks import join, peak_memory
     from train.speed import Speed
     from train.trainer import StoreDPOTrainer
 

@@ -15,7 +15,7 @@ from store.errors import InputError
 from train import memory
 from train.config import ZERO2
 from train.memory import GIB, Cost, Measured, choose
-from train.run import join
+from train.ranks import join
 
 MB = 1e6
 

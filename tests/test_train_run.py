@@ -20,7 +20,8 @@ from train import record
 from train.checkpoint import last_checkpoint, remove_cut_short
 from train.config import TrainConfig
 from train.plan import plan, policy_of
-from train.run import join, refuse_abandoned_build, train
+from train.ranks import join, refuse_abandoned_build
+from train.run import train
 
 
 @pytest.fixture(autouse=True)
