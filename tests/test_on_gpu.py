@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import made_up_gpu
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from held import shard_held
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from train_setup import make_rows, make_tokenizer
 
@@ -61,8 +65,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def precompute(folder: Path, *more) -> list:
+def precompute(folder: Path, *more, **others) -> list:
     given = {"dataset": folder / "rows.jsonl", "model": folder / "model", "dtype": "bfloat16", "max-length": 96, "shard-size": 4}
+    given |= others
     return ["cli.py", "precompute", *(word for name, value in given.items() for word in (f"--{name}", value)), *more]
 
 
@@ -95,6 +100,51 @@ def test_verify_scores_again(store, folder):
     said = run(["cli.py", "verify", "--ref-store", store, "--model", folder / "model"], environment(1))
     assert "the weights that made the store" in said
     assert float(re.search(r"mean ([\d.e+-]+), max", said)[1]) < 0.06
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_gpus_is_killed_and_the_other_one_finishes(folder):
+    """Four GPUs, two to a worker, and an adapter as the reference: its store has what a plain forward of the merge on a CPU says."""
+    generator = torch.Generator().manual_seed(0)
+    policy = get_peft_model(tiny.make_model("olmo3"), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    for weight in (each for each in policy.parameters() if each.requires_grad):
+        weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    policy.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    policy.save_pretrained(folder / "adapter")
+    by_twos = ["--gpus-per-worker", 2]
+    others = {"model": folder / "adapter", "tokenizer": folder / "model", "dtype": "float32", "limit": 20}
+    command = [sys.executable, *precompute(folder, *by_twos, "--ref-store", folder / "by-twos", **others)]
+    with shard_held(folder / "by-twos", 4):
+        launcher = subprocess.Popen(
+            [*map(str, command)], env=environment(4), cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while len(list((folder / "by-twos").glob("part-*.parquet"))) < 4:
+            assert launcher.poll() is None, launcher.stdout.read()
+            time.sleep(0.05)
+        os.kill(worker(launcher, 1), signal.SIGKILL)
+    said, _ = launcher.communicate(timeout=1200)
+    assert launcher.returncode == 0, said
+    assert re.search(r"^device: 4 x NVIDIA .*, 2 to a worker", said, re.MULTILINE)
+    assert "worker 1 was killed by signal 9" in said and "is sealed: 20 pairs of 20 rows in 5 shards" in said
+
+    merged = policy.merge_and_unload().eval()
+    for pair in open_store(folder / "by-twos").read(range(20)).to_pylist():
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+            with torch.no_grad():
+                logps = merged(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            np.testing.assert_allclose(pair[f"{side}_token_logps"], logps[len(pair["prompt_ids"]) - 1 :].numpy(), atol=1e-4)
+
+    verify = ["cli.py", "verify", "--ref-store", folder / "by-twos", "--model", folder / "adapter", "--num-pairs", 4, *by_twos]
+    said = run(verify, environment(2))
+    assert "the weights that made the store" in said
+    assert float(re.search(r"mean ([\d.e+-]+), max", said)[1]) < 1e-5
+
+
+def worker(launcher: subprocess.Popen, rank: int) -> int:
+    """The process that is this rank of a command's own."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(each) for each in children if f"\0RANK={rank}\0" in Path(f"/proc/{each}/environ").read_text())
 
 
 @pytest.mark.slow
