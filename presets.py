@@ -51,6 +51,8 @@ _NOT_AI2 = "{name} is not the run that AI2 made: that one has {theirs}: {name}-a
 
 _AI2 = "{name} differs from AI2's run: nothing is clipped, as in AI2's newer code, where accelerate's default clipped at 1.0 (--max-grad-norm 1): docs/olmo3.md"
 
+_LARGE = "; all weights train on 8 GPUs of 180 GB or more, an adapter (--use-peft) on any that hold 64 GB"
+
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -122,7 +124,7 @@ PRESETS = {
             learning_rate=7e-8,
             max_grad_norm=0.0,
             score_turns="last",
-            note=_AI2.format(name="think-32b"),
+            note=_AI2.format(name="think-32b") + _LARGE,
         ),
         Preset(
             name="instruct-32b",
@@ -133,7 +135,7 @@ PRESETS = {
             dtype="bfloat16",
             max_grad_norm=0.0,
             score_turns="last",
-            note=_AI2.format(name="instruct-32b"),
+            note=_AI2.format(name="instruct-32b") + _LARGE,
         ),
     )
 }

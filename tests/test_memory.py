@@ -1,5 +1,6 @@
 """--tokens-per-batch auto of training: what is chosen from what was measured, and that what is measured is what is taken."""
 
+import json
 import math
 
 import pytest
@@ -13,8 +14,10 @@ from launch import Process
 from precompute.scorer.api import MemoryWatch
 from store.errors import InputError
 from train import memory
-from train.config import ZERO2
+from train.capacity import refuse_by_number
+from train.config import ZERO2, TrainConfig
 from train.memory import GIB, Cost, Measured, choose
+from train.plan import Policy
 from train.ranks import join
 
 MB = 1e6
@@ -64,6 +67,53 @@ def test_what_does_not_fit_at_all_is_said_with_the_numbers():
         choose(no_row, longest=20_000, most_useful=100_000, gradient_checkpointing=None)
     with pytest.raises(InputError, match="optimizer's step.*expected 39 GiB.*found 30 GiB.*more GPUs"):
         choose(Measured(**vars(B200) | {"free": 30 * GIB}), longest=100, most_useful=1000, gradient_checkpointing=None)
+
+
+OLMO_3_32B = 2 * 100278 * 5120 + 64 * (2 * 5120**2 + 2 * 5120 * 1024 + 3 * 5120 * 27648 + 5120 + 1024 + 2 * 5120) + 5120
+"""Embeddings and head, 64 layers, the last norm."""
+
+
+def asked(tmp_path, zero: dict | None = None, **options) -> TrainConfig:
+    if zero is not None:
+        (tmp_path / "zero.json").write_text(json.dumps(zero))
+        options["zero_config"] = tmp_path / "zero.json"
+    given = {"loss_type": ("sigmoid",), "beta": 0.1, "learning_rate": 1e-6, "effective_batch_size": 128, "tokens_per_batch": "auto"}
+    return TrainConfig(ref_store=tmp_path / "store", output_dir=tmp_path / "run", **given | options)
+
+
+def test_a_policy_too_large_for_zero_is_refused_by_numbers(tmp_path):
+    """By hand, of 32 G parameters: 2 bytes each on every GPU, and 16 over all of them."""
+    policy = Policy("olmo", None, "olmo", None, "bfloat16")
+    assert OLMO_3_32B == 32_233_522_176
+
+    def ask(world: int, gib: float, zero: dict | None = None, **options) -> None:
+        refuse_by_number(asked(tmp_path, zero, **options), policy, OLMO_3_32B, world=world, free=int(gib * GIB))
+
+    found = (
+        r"olmo: the policy does not fit under ZeRO stage 2; expected 180 GiB on each GPU, before any row: 32,233,522,176 parameters x "
+        r"\(2 of weights \+ \(4 of float32 weights \+ 8 of Adam's states \+ 4 of gradients\) / 4\) bytes; found 178 GiB free. "
+        "Train on 5 GPUs or more, which share all but the weights; or train an adapter .* take 60 GiB: --use-peft.$"
+    )
+    with pytest.raises(InputError, match=found):
+        ask(4, 178)
+    ask(4, 181)
+    ask(5, 178)
+    ask(1, 61, use_peft=True)
+    with pytest.raises(InputError, match=r"parameters x \(2 of weights\) bytes; found 59 GiB free. Take larger GPUs: ZeRO-3"):
+        ask(8, 59, use_peft=True)
+    with pytest.raises(InputError, match=r"Take larger GPUs: ZeRO-3"):
+        ask(64, 59)
+    ask(4, 149, optim="sgd")  # 2 + 4 + 4 / 4
+    stage_1 = {"zero_optimization": {"stage": 1}}
+    with pytest.raises(
+        InputError, match=r"\(2 of weights \+ 2 of gradients \+ \(4 .* 8 of Adam's states\) / 8\).* or take stage 2 in"
+    ):
+        ask(8, 150, stage_1)
+    with pytest.raises(InputError, match=r"\(2 of weights \+ 4 of float32 weights \+ 8 of .* 2 of gradients\) bytes.*Take stage 2"):
+        ask(8, 178, {"zero_optimization": {"stage": 0}})
+    ask(1, 61, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    with pytest.raises(InputError):
+        ask(1, 61, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}})
 
 
 @pytest.fixture(scope="module")

@@ -137,6 +137,11 @@ def test_sft_is_not_weighted():
         ({"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}}, "--adam-epsilon 1e-08", "optimizer.params.eps 1e-06"),
         ({"optimizer": {"params": {"weight_decay": 0.1}}}, "--weight-decay 0.0", "optimizer.params.weight_decay 0.1"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "--lr-scheduler-type linear", "scheduler WarmupLR"),
+        (
+            {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "grad_accum_dtype bf16, with --dtype bfloat16 and stage 0",
+            "fp32",
+        ),
     ],
 )
 def test_deepspeeds_file_and_the_options_say_the_same_or_are_refused(tmp_path, values, ours, theirs):
@@ -155,6 +160,8 @@ def test_deepspeeds_file_may_repeat_the_options(tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | same | adam))
     refuse_contradictions(replace(GOOD, zero_config=path), "bfloat16", accumulation=32, batch=128)
     refuse_contradictions(GOOD, "float32", accumulation=32, batch=128)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "fp32"}}))
+    refuse_contradictions(replace(GOOD, zero_config=path), "float32", accumulation=32, batch=128)
 
 
 def test_the_padded_layout_may_be_compiled():

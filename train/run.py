@@ -39,7 +39,7 @@ from precompute.scorer.api import (
 from presets import PRESETS
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.errors import InputError
-from train import card, gate, hub, lora, record
+from train import capacity, card, gate, hub, lora, record
 from train.balance import Shape, imbalance, shuffled
 from train.beta import beta_notice
 from train.checkpoint import remove_cut_short, state_of
@@ -86,6 +86,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     )  # joins the other ranks
     agree(planned.selection, args.device)
     rank.leave_if_told(args.device)
+    capacity.refuse_too_large(config, planned.policy, world=rank.process.world, device=args.device)
 
     adapter = adapter_of(planned.policy.name, planned.policy.revision)
     kind = lora.kind_of(config, adapter, revision=planned.policy.revision) if config.use_peft else None

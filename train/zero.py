@@ -5,6 +5,9 @@ import json
 from store.errors import InputError
 from train.config import TrainConfig
 
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""DeepSpeed's names."""
+
 
 def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int | None, batch: int) -> None:
     """InputError naming each value of `--zero-config` that is neither `auto` nor what the options say, with both.
@@ -29,6 +32,15 @@ def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int | N
             expected=f"--optim {config.optim}",
             found=f"optimizer {_type(said['optimizer'])}",
             next='Remove "optimizer" from the file, or leave out --optim.',
+        )
+    accumulated = _at(said, "data_types.grad_accum_dtype") or SHORT[dtype]
+    if said["zero_optimization"]["stage"] == 0 and accumulated != SHORT[dtype]:
+        raise InputError(
+            "without ZeRO DeepSpeed adds gradients up in the weights' own dtype",
+            where=where,
+            expected=f"data_types.grad_accum_dtype {SHORT[dtype]}, with --dtype {dtype} and stage 0",
+            found=accumulated,
+            next='Remove "data_types" from the file, or take stage 1 or 2.',
         )
     differing = []
     for path, option, value in (

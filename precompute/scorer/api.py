@@ -32,6 +32,7 @@ from precompute.scorer.model import (
     tokenizer_sha256,
     versions,
     weights_sha256,
+    without_weights,
 )
 from precompute.scorer.norms import use_fused_norms
 from precompute.scorer.rescore import TOLERANCE, Rescored, rescore

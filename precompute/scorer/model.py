@@ -91,14 +91,7 @@ def refuse_too_large(name: str, *, revision: str | None, dtype: str, devices: tu
     To be asked before any weight is read: they are counted by the configuration."""
     if devices[0].type != "cuda":
         return
-    adapter = adapter_of(name, revision)
-    base, base_revision = (name, revision) if adapter is None else (adapter.base, adapter.base_revision)
-    try:
-        config = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    except Exception as error:
-        raise _not_loadable("causal language model", base, base_revision, error) from error
+    model = without_weights(name, revision=revision, dtype=dtype)
     room = min(map(free_memory, devices)) * SHARE["cuda"]
     if (needed := largest_share(model, len(devices))) <= room:
         return
@@ -114,6 +107,18 @@ def refuse_too_large(name: str, *, revision: str | None, dtype: str, devices: tu
         if enough
         else f"It needs larger GPUs, or more than the {there} that are here; or free memory (other processes?).",
     )
+
+
+def without_weights(name: str, *, revision: str | None, dtype: str) -> PreTrainedModel:
+    """The model as its configuration says, on the meta device; of an adapter, its base. Raises InputError."""
+    adapter = adapter_of(name, revision)
+    base, base_revision = (name, revision) if adapter is None else (adapter.base, adapter.base_revision)
+    try:
+        config = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    except Exception as error:
+        raise _not_loadable("causal language model", base, base_revision, error) from error
 
 
 def load_base(adapter: Adapter, *, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:

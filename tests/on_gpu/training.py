@@ -13,11 +13,13 @@ import torch
 from one_rank import one_rank
 from safetensors.torch import load_file
 from train_setup import make_world
+from transformers import TrainingArguments
 
-from launch import launched
+from launch import Process, launched
 from store.errors import InputError
-from train import memory
+from train import capacity, memory
 from train.config import TrainConfig
+from train.ranks import join
 from train.run import train
 from train.trainer import REFERENCE, StoreDPOTrainer
 
@@ -152,3 +154,31 @@ def test_memory_that_does_not_suffice_for_a_number_suffices_for_auto(by_tokens):
     planned = json.loads((by_tokens.output_dir / "run.json").read_text())["memory"]
     assert planned["tokens_per_batch"] < 1024
     del taken
+
+
+@pytest.mark.skipif(made_up is None, reason="the counts are those of a made-up GPU, which rounds nothing up")
+@pytest.mark.parametrize(("stage", "dtype"), [(2, "bfloat16"), (2, "float32"), (1, "bfloat16")])
+def test_what_is_counted_is_what_deepspeed_takes_or_little_less(by_tokens, stage, dtype):
+    """One refuses by it: it must never be more. Of a small model under a real engine, in its second step."""
+    join(Process(0, 1, 0))
+    zero = json.loads(by_tokens.zero_config.read_text())
+    zero["zero_optimization"]["stage"] = stage
+    by_tokens.zero_config.write_text(json.dumps(zero))
+    counted = capacity.PerParameter.under(zero, dtype)
+    of = getattr(torch, dtype)
+    args = TrainingArguments(str(by_tokens.output_dir), bf16=dtype == "bfloat16", deepspeed=str(by_tokens.zero_config))
+    taken = max(each.per_unit for each in memory._of_engines(by_tokens.zero_config, args, of, torch.device("cuda", 0), 1))
+    assert 0.65 * taken < counted.on_each_of(1) - counted.weights <= taken
+
+
+def test_a_policy_that_does_not_fit_is_refused_before_it_is_loaded(by_tokens, monkeypatch):
+    """197,568 parameters of 18 bytes: 3.4 MiB."""
+    monkeypatch.setattr("train.run.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(capacity, "free_memory", lambda device: 3 * 2**20)
+    text = (
+        r"ZeRO stage 2; expected 0.0033\d GiB on each GPU.*/ 1\) bytes; found 0.00293 GiB free. Train on 2 GPUs or more.*--use-peft"
+    )
+    with pytest.raises(InputError, match=text):
+        train(by_tokens)
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        train(replace(by_tokens, use_peft=True, lora_target_modules=("all-linear",)))
