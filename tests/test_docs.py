@@ -7,6 +7,7 @@ is what that command prints, up to hashes, speeds and decimals.
 """
 
 import contextlib
+import json
 import re
 import runpy
 import shlex
@@ -115,6 +116,16 @@ def test_the_query_of_the_readme(folder):
         r"^\$ python cli\.py (inspect .*?\")\n(┌.*?┘)$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
     ).groups()
     assert [normal(line) for line in run(shlex.split(typed), folder).splitlines()] == [normal(line) for line in shown.splitlines()]
+
+
+def test_what_a_store_records_of_its_making_is_in_the_store_format(folder):
+    """The sample stores of the tests bring a provenance of their own; this one is precompute's."""
+    if not (folder / "store" / "demo" / "_manifest.json").exists():
+        run(["precompute", "--dataset", "demo"], folder)
+    text = (ROOT / "docs" / "store-format.md").read_text(encoding="utf-8").partition("\n## Provenance\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)))
+    recorded = json.loads((folder / "store" / "demo" / "_manifest.json").read_text())["provenance"]
+    assert {*recorded, "reused", "reuse_checked"} == {*listed}  # these two with --reuse alone
 
 
 def _saved(text: str, folder: Path) -> str:
