@@ -245,10 +245,10 @@ def _all(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict]:
 
 def _extremes(connection: duckdb.DuckDBPyConnection, store: Store, decode: Decode | None) -> tuple[Extreme, ...]:
     ends = {
-        "The reference is most for chosen (sum)": "margin desc",
-        "The reference is most against chosen (sum)": "margin",
-        "Most for chosen, per token": "mean_margin desc",
-        "Most against chosen, per token": "mean_margin",
+        "The reference prefers chosen most (sum)": "margin desc",
+        "The reference prefers rejected most (sum)": "margin",
+        "The same per token: chosen most": "mean_margin desc",
+        "The same per token: rejected most": "mean_margin",
     }
     return tuple(
         Extreme(

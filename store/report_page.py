@@ -59,7 +59,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; backgro
 @media (max-width: 30rem) { table { font-size: .8rem; } td, th { padding-right: .5rem; } }
 .chosen { border-left: 4px solid #2e7d4f; } .rejected { border-left: 4px solid #b5482f; }
 pre i { font-style: normal; border-radius: 2px; } pre, .key i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-.key { font-size: .85rem; } .key i { font-style: normal; padding: .1rem .35rem; margin-right: .2rem; border-radius: 2px; }
+.key { font-size: .85rem; } .key i { font-style: normal; white-space: nowrap; padding: .1rem .35rem; margin-right: .2rem; border-radius: 2px; }
 .l1 { background: #fff0c9; } .l2 { background: #fdd17f; } .l3 { background: #f0982f; } .l4 { background: #8c3d04; color: #fff; }
 .u1, .u2, .u3, .u4 { text-decoration: overline; } .d1, .d2, .d3, .d4 { text-decoration: underline; }
 .u1 { background: #dcebf7; } .u2 { background: #b0d2ee; } .u3 { background: #65a9dc; } .u4 { background: #0b4f8a; color: #fff; }

@@ -73,7 +73,7 @@ def packed_row() -> Drawing:
     left, pixel = 20, 1.1
 
     drawing.text(left, 30, "Padded batch, as TRL scores it", bold=True)
-    drawing.text(left, 48, f"each side by itself, prompt twice: 4 x {padded_to} = {positions} positions", 12, PALE)
+    drawing.text(left, 48, f"each side alone, prompt twice: 4 x {padded_to} = {positions} positions", 12, PALE)
     y = 60
     for prompt, *sides in PAIRS:
         for length, colour in zip(sides, (CHOSEN, REJECTED), strict=True):
@@ -124,7 +124,7 @@ def rooms() -> Drawing:
     drawing = Drawing(880, 420, "The folders of the project, and who imports whom")
     drawing.box(20, 20, 200, 60, "slurm/", ("submit, check, batch scripts",))
     drawing.box(290, 20, 300, 60, "cli.py, options.py, presets.py", ("the command line: a config, then one call",))
-    drawing.box(660, 20, 200, 60, "launch, devices, stop", ("processes, GPUs, signals",))
+    drawing.box(660, 20, 200, 60, "launch, devices, stop", ("processes, GPUs, signals,", "for both phases"))
 
     drawing.rect(20, 130, 520, 160, FILLS["phase 1"], LINE, 6)
     drawing.text(30, 152, "precompute/   phase 1", bold=True)
@@ -144,18 +144,24 @@ def rooms() -> Drawing:
             "a model and sequences -> log-probs,",
             "with or without gradients: packing,",
             "attention, head, scoring, self-test.",
-            "Its face: api.py, packing.py",
+            "Used: api, packing, adapter, decoder",
         ),
         "room",
     )
 
     drawing.box(
-        610,
+        650,
         130,
-        250,
+        210,
         160,
         "train/   phase 2",
-        ("plan, gate: the right store?", "data: store -> TRL's dataset", "packed, trainer: the step", "checkpoint, record, speed"),
+        (
+            "plan, gate: the right store?",
+            "data: store -> TRL's dataset",
+            "bins, rows: micro-batches",
+            "packed, trainer: the step",
+            "checkpoint, record, speed",
+        ),
         "phase 2",
     )
     drawing.box(
@@ -172,15 +178,15 @@ def rooms() -> Drawing:
 
     drawing.arrow((290, 50), (220, 50))
     drawing.arrow((400, 80), (340, 130))
-    drawing.arrow((540, 80), (690, 130))
-    drawing.arrow((610, 220), (526, 220))
-    drawing.text(534, 212, "same forward", 11, PALE)
+    drawing.arrow((540, 80), (700, 130))
+    drawing.arrow((650, 220), (526, 220))
+    drawing.text(595, 212, "same forward", 12, PALE, "middle")
     drawing.arrow((150, 290), (150, 340))
-    drawing.arrow((735, 290), (735, 340))
+    drawing.arrow((755, 290), (755, 340))
     drawing.arrow((392, 276), (392, 340))
     drawing.text(160, 320, "writes", 12, PALE)
     drawing.text(402, 320, "reads a sample, to score it again", 12, PALE)
-    drawing.text(745, 320, "reads", 12, PALE)
+    drawing.text(765, 320, "reads", 12, PALE)
     return drawing
 
 
@@ -200,7 +206,7 @@ def chain(drawing: Drawing, y: float, kind: str, boxes: list[tuple[str, tuple[st
 
 def pair() -> Drawing:
     """One pair from the dataset to the loss, with the files it goes through."""
-    drawing = Drawing(880, 494, "One pair, from the dataset to the loss")
+    drawing = Drawing(880, 474, "One pair, from the dataset to the loss")
 
     drawing.text(860, 30, "Phase 1, score it once: precompute/", bold=True, anchor="end")
     first = chain(
