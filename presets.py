@@ -5,8 +5,9 @@ scripts ran (github.com/allenai/open-instruct, scripts/train/olmo3/{7b,32b}_{thi
 project goes: `note` and docs/olmo3.md say where it stops. demo needs no download.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -53,89 +54,73 @@ _AI2 = "{name} differs from AI2's run: nothing is clipped, as in AI2's newer cod
 
 _LARGE = "; all weights train on 8 GPUs of 180 GB or more, an adapter (--use-peft) on any that hold 64 GB"
 
+_THINK = Preset(
+    name="think",
+    dataset="allenai/Dolci-Think-DPO-7B",
+    split="train",
+    model="allenai/Olmo-3-7B-Think-SFT",
+    max_length=8192,
+    dtype="bfloat16",
+    note=_NOT_AI2.format(
+        name="think", theirs="learning rate 8e-8 instead of 1e-6, max length 16,384 instead of 8,192, another chat template"
+    ),
+)
+
+_INSTRUCT = Preset(
+    name="instruct",
+    dataset="allenai/Dolci-Instruct-DPO",
+    split="train",
+    model="allenai/Olmo-3-7B-Instruct-SFT",
+    max_length=2048,
+    dtype="bfloat16",
+    note=_NOT_AI2.format(name="instruct", theirs="max length 16,384 instead of 2,048"),
+)
+
+_DEMO = Preset(
+    name="demo",
+    dataset=str(DEMO / "pairs.jsonl"),
+    split="train",
+    model=str(DEMO / "model"),
+    max_length=512,
+    dtype="float32",
+    learning_rate=3e-4,
+    num_train_epochs=3.0,
+    effective_batch_size=8,
+    per_device_train_batch_size=2,
+    gradient_checkpointing=False,
+)
+
+
+def _of_ai2(base: Preset, name: str, *, max_length: int, also: str = "", **changes: Any) -> Preset:
+    """What AI2's script ran, as far as it is not `base`: no clipping, and only the last turn of each side counts."""
+    note = _AI2.format(name=name) + also
+    return replace(base, name=name, max_length=max_length, max_grad_norm=0.0, score_turns="last", note=note, **changes)
+
+
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset(
-            name="think",
-            dataset="allenai/Dolci-Think-DPO-7B",
-            split="train",
-            model="allenai/Olmo-3-7B-Think-SFT",
-            max_length=8192,
-            dtype="bfloat16",
-            note=_NOT_AI2.format(
-                name="think", theirs="learning rate 8e-8 instead of 1e-6, max length 16,384 instead of 8,192, another chat template"
-            ),
-        ),
-        Preset(
-            name="instruct",
-            dataset="allenai/Dolci-Instruct-DPO",
-            split="train",
-            model="allenai/Olmo-3-7B-Instruct-SFT",
-            max_length=2048,
-            dtype="bfloat16",
-            note=_NOT_AI2.format(name="instruct", theirs="max length 16,384 instead of 2,048"),
-        ),
-        Preset(
-            name="demo",
-            dataset=str(DEMO / "pairs.jsonl"),
-            split="train",
-            model=str(DEMO / "model"),
-            max_length=512,
-            dtype="float32",
-            learning_rate=3e-4,
-            num_train_epochs=3.0,
-            effective_batch_size=8,
-            per_device_train_batch_size=2,
-            gradient_checkpointing=False,
-        ),
-        Preset(
-            name="think-ai2",
-            dataset="allenai/Dolci-Think-DPO-7B",
-            split="train",
-            model="allenai/Olmo-3-7B-Think-SFT",
+        _THINK,
+        _INSTRUCT,
+        _DEMO,
+        _of_ai2(
+            _THINK,
+            "think-ai2",
             max_length=16384,
-            dtype="bfloat16",
             learning_rate=8e-8,
-            max_grad_norm=0.0,
             chat_template_sha256="6d549883b5ed12879e191845c256a30c7dfd4eced0a4f160060a3ea0199d9e3a",
             chat_template_source="`olmo_thinker` in open_instruct/dataset_transformation.py of allenai/open-instruct at commit 68da0a1",
-            score_turns="last",
-            note=_AI2.format(name="think-ai2"),
         ),
-        Preset(
-            name="instruct-ai2",
-            dataset="allenai/Dolci-Instruct-DPO",
-            split="train",
-            model="allenai/Olmo-3-7B-Instruct-SFT",
-            max_length=16384,
-            dtype="bfloat16",
-            max_grad_norm=0.0,
-            score_turns="last",
-            note=_AI2.format(name="instruct-ai2"),
-        ),
-        Preset(
-            name="think-32b",
+        _of_ai2(_INSTRUCT, "instruct-ai2", max_length=16384),
+        _of_ai2(
+            _THINK,
+            "think-32b",
             dataset="allenai/Dolci-Think-DPO-32B",
-            split="train",
             model="allenai/Olmo-3-32B-Think-SFT",
             max_length=8192,
-            dtype="bfloat16",
             learning_rate=7e-8,
-            max_grad_norm=0.0,
-            score_turns="last",
-            note=_AI2.format(name="think-32b") + _LARGE,
+            also=_LARGE,
         ),
-        Preset(
-            name="instruct-32b",
-            dataset="allenai/Dolci-Instruct-DPO",
-            split="train",
-            model="allenai/Olmo-3.1-32B-Instruct-SFT",
-            max_length=8192,
-            dtype="bfloat16",
-            max_grad_norm=0.0,
-            score_turns="last",
-            note=_AI2.format(name="instruct-32b") + _LARGE,
-        ),
+        _of_ai2(_INSTRUCT, "instruct-32b", model="allenai/Olmo-3.1-32B-Instruct-SFT", max_length=8192, also=_LARGE),
     )
 }
