@@ -15,7 +15,7 @@ from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
 from peft import LoraConfig, PeftModel
 from ranks import run_cases
-from train_setup import DPO_SETTINGS, MAX_LENGTH
+from train_setup import DPO_SETTINGS, MAX_LENGTH, run_config
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -23,7 +23,6 @@ from precompute.scorer.adapter import adapter_of
 from store.errors import RefdpoError
 from store.reader import open_store
 from train import lora
-from train.config import TrainConfig
 from train.data import dataset_of, lengths_of
 from train.leave import leave
 from train.run import train
@@ -138,20 +137,17 @@ def case_going_on() -> dict:
     return results
 
 
-RUN = TrainConfig(
+RUN = run_config(
+    FOLDER,
     ref_store=FOLDER / "llama" / "store",
-    output_dir=FOLDER / "run",
     where="row < 24",
     eval_fraction=0.2,
-    loss_type=("sigmoid",),
-    beta=0.1,
     learning_rate=3e-3,
     tokens_per_batch=256,
+    per_device_train_batch_size=None,
     effective_batch_size=4,
     max_steps=6,
-    warmup_ratio=0.0,
     save_steps=2,
-    gradient_checkpointing=True,
     use_peft=True,
     lora_r=4,
     lora_target_modules=("q_proj,v_proj", "down_proj"),

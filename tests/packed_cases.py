@@ -16,14 +16,13 @@ import torch.distributed
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
 from ranks import run_cases
-from train_setup import DPO_SETTINGS, MAX_LENGTH
+from train_setup import DPO_SETTINGS, MAX_LENGTH, run_config
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from store.reader import open_store
 from train.balance import RELATE_PAIRS, Shape, deal, deal_whole
 from train.choices import LOSS_TYPES
-from train.config import TrainConfig
 from train.data import dataset_of, lengths_of
 from train.leave import leave
 from train.run import train
@@ -191,20 +190,14 @@ def case_fifty_steps() -> dict:
     return {"ours": losses[0], "theirs": losses[1], "speed": speed[-1], "whole_speed": ours.speed.whole_report()}
 
 
-RUN = TrainConfig(
+RUN = run_config(
+    FOLDER,
     ref_store=FOLDER / "llama" / "store",
     eval_fraction=0.2,
-    output_dir=FOLDER / "run",
     loss_type=("sigmoid_norm",),
     beta=5.0,
-    learning_rate=1e-3,
-    per_device_train_batch_size=2,
-    effective_batch_size=8,
     max_steps=6,
-    warmup_ratio=0.0,
     save_steps=2,
-    logging_steps=1,
-    gradient_checkpointing=True,
 )
 """Four full batches to an epoch, so that step 6 belongs to the second."""
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 from store_samples import make_identity, make_store
+from train_setup import run_config
 
 from launch import Process
 from stop import Stopped
@@ -36,15 +37,7 @@ def environment():
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
     make_store(tmp_path / "store", make_identity(num_rows=10, max_length=64))
-    return TrainConfig(
-        ref_store=tmp_path / "store",
-        output_dir=tmp_path / "run",
-        loss_type=("sigmoid",),
-        beta=0.1,
-        learning_rate=1e-3,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-    )
+    return run_config(tmp_path, per_device_train_batch_size=1, effective_batch_size=1)
 
 
 def altered(config: TrainConfig) -> TrainConfig:

@@ -18,7 +18,7 @@ from store.reader import Store, open_store
 from store.schema import SCHEMA
 from store.seal import seal
 from store.shard import publish_shard
-from train.config import ZERO2
+from train.config import ZERO2, TrainConfig
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 MAX_LENGTH = 96
@@ -40,6 +40,22 @@ DPO_SETTINGS = {
     "remove_unused_columns": False,
 }
 """DPOConfig's, for trainers that are compared with stock TRL's under DeepSpeed: four pairs to a rank's step."""
+
+
+def run_config(folder: Path, **changes) -> TrainConfig:
+    """A short run over folder/store into folder/run. Without `changes` its micro-batches have two pairs, its steps eight."""
+    usual = {
+        "ref_store": folder / "store",
+        "output_dir": folder / "run",
+        "loss_type": ("sigmoid",),
+        "beta": 0.1,
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.0,
+        "per_device_train_batch_size": 2,
+        "effective_batch_size": 8,
+        "gradient_checkpointing": True,
+    }
+    return TrainConfig(**usual | changes)
 
 
 @dataclass(frozen=True)

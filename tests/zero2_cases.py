@@ -17,7 +17,7 @@ from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
 from ranks import run_cases
 from tiny import SMALL
-from train_setup import DPO_SETTINGS, MAX_LENGTH
+from train_setup import DPO_SETTINGS, MAX_LENGTH, run_config
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -29,7 +29,6 @@ from trl import DPOConfig, DPOTrainer
 
 from store.errors import RefdpoError
 from store.reader import open_store
-from train.config import TrainConfig
 from train.data import dataset_of
 from train.leave import leave
 from train.run import train
@@ -177,23 +176,7 @@ def resident(entry: str) -> int:
     return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-RUN = TrainConfig(
-    ref_store=FOLDER / "store",
-    eval_ref_store=FOLDER / "store-eval",
-    output_dir=FOLDER / "run",
-    loss_type=("sigmoid",),
-    beta=0.1,
-    learning_rate=1e-3,
-    per_device_train_batch_size=2,
-    effective_batch_size=8,
-    max_steps=6,
-    warmup_ratio=0.0,
-    save_steps=3,
-    eval_steps=3,
-    logging_steps=1,
-    gradient_checkpointing=True,
-    dataloader_num_workers=1,
-)
+RUN = run_config(FOLDER, eval_ref_store=FOLDER / "store-eval", max_steps=6, save_steps=3, eval_steps=3, dataloader_num_workers=1)
 
 
 def case_run_and_resume() -> dict:

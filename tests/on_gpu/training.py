@@ -12,7 +12,7 @@ import pytest
 import torch
 from one_rank import one_rank
 from safetensors.torch import load_file
-from train_setup import make_world
+from train_setup import make_world, run_config
 from transformers import TrainingArguments
 
 from launch import Process, launched
@@ -30,17 +30,15 @@ made_up = sys.modules.get("made_up_gpu.load")
 def config(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("training")
     make_world(folder, 16, "olmo3", "bfloat16")
-    return TrainConfig(
-        ref_store=folder / "store",
-        output_dir=folder / "run",
+    return run_config(
+        folder,
         loss_type=("sigmoid_norm",),
         beta=5.0,
         learning_rate=1e-4,
-        per_device_train_batch_size=2,
+        effective_batch_size=None,
         gradient_accumulation_steps=2,
+        gradient_checkpointing=None,
         max_steps=2,
-        warmup_ratio=0.0,
-        logging_steps=1,
         save_strategy="no",
     )
 
