@@ -12,6 +12,7 @@ import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -43,6 +44,24 @@ class Option:
     """May be given as a word of its own, without the flag."""
     instead_of: tuple[str, ...] = ()
     """Fields that it is another way to, or that belong to another value of it: typed, it sets aside what a --config file says of these."""
+
+
+def check_choices(config: Any) -> None:
+    """InputError for the first field of this dataclass that is none of its Option's `choices`, or of its Literal's words. The parser says the same
+    in its own words; this is for values that come another way. None is left to whoever completes it."""
+    for name, (kind, mark) in _marks_of(type(config)).items():
+        choices = mark.choices or (get_args(kind) if get_origin(kind) is Literal else ())
+        given = getattr(config, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if choices and value is not None and value not in choices:
+                flag = mark.flags[0] if mark.flags else f"--{name.replace('_', '-')}"
+                raise InputError("unknown value", where=flag, expected=f"one of {', '.join(choices)}", found=value)
+
+
+@lru_cache
+def _marks_of(config: type) -> dict[str, tuple[Any, Option]]:
+    hints = {name: get_args(hint) for name, hint in get_type_hints(config, include_extras=True).items()}
+    return {name: words[:2] for name, words in hints.items() if len(words) > 1 and isinstance(words[1], Option)}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Event
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -70,41 +71,57 @@ def load_inputs(config: PrecomputeConfig, where: tuple[torch.device, ...], known
             if wait([checked], timeout=LONG_CHECK_S).not_done and config.show == "text":
                 print(f"checking all {len(rows):,} rows before any is scored", file=sys.stderr)
             checked.result()
-        shard_size = config.shard_size or default_shard_size(len(rows))
-        if len(rows) > MAX_SHARDS * shard_size:
-            raise InputError(
-                "too many shards",
-                where=f"--shard-size {shard_size}",
-                expected=f"at least {-(-len(rows) // MAX_SHARDS)} for {len(rows):,} rows",
-            )
-        identity = Identity(
-            model=config.model,
-            revision=config.revision,
-            tokenizer=config.tokenizer,
-            dataset=" + ".join(config.dataset),
-            split=config.split,
-            dataset_revision=config.dataset_revision,
+        shard_size = _shard_size(config, len(rows))
+        identity = _identity(
+            config,
+            len(rows),
+            parts,
+            shard_size=shard_size,
             weights_sha256=known_weights or weights_sha256(model),
-            config_sha256=config_sha256(config.model, config.revision),
             tokenizer_sha256=tokenizer_hash.result(),
             chat_template_sha256=chat_template_sha256(tokenizer),
             dataset_fingerprint=fingerprint.result(),
-            num_rows=len(rows),
-            max_length=config.max_length,
-            truncation="keep_start",
-            dtype=config.dtype,
-            shard_size=shard_size,
-            scorer_version=SCORER_VERSION,
-            dataset_config=config.dataset_config,
             template_date=config.template_date if clock.asked else None,
-            scored_turns=config.scored_turns,
-            datasets=parts,
         )
         if compiled is not None:
             compiled.result()
     if model is not None:
         _check_fits(model, len(tokenizer), config)
     return rows, tokenizer, model, identity
+
+
+def _shard_size(config: PrecomputeConfig, num_rows: int) -> int:
+    """Rows per shard. InputError for more shards than a store may have."""
+    shard_size = config.shard_size or default_shard_size(num_rows)
+    if num_rows > MAX_SHARDS * shard_size:
+        raise InputError(
+            "too many shards",
+            where=f"--shard-size {shard_size}",
+            expected=f"at least {-(-num_rows // MAX_SHARDS)} for {num_rows:,} rows",
+        )
+    return shard_size
+
+
+def _identity(config: PrecomputeConfig, num_rows: int, parts: tuple[DatasetPart, ...] | None, **found: Any) -> Identity:
+    """What the store is made of: what was asked for, and what was `found`, hashes above all."""
+    return Identity(
+        model=config.model,
+        revision=config.revision,
+        tokenizer=config.tokenizer,
+        dataset=" + ".join(config.dataset),
+        split=config.split,
+        dataset_revision=config.dataset_revision,
+        config_sha256=config_sha256(config.model, config.revision),
+        num_rows=num_rows,
+        max_length=config.max_length,
+        truncation="keep_start",
+        dtype=config.dtype,
+        scorer_version=SCORER_VERSION,
+        dataset_config=config.dataset_config,
+        scored_turns=config.scored_turns,
+        datasets=parts,
+        **found,
+    )
 
 
 def _load_all(config: PrecomputeConfig) -> tuple[Rows | JoinedRows, tuple[DatasetPart, ...] | None]:

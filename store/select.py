@@ -65,41 +65,12 @@ def select(
     """Choose pairs of the sealed store at `store`. With `decode`, conditions may ask for text. `where_file` holds a condition more, or one pair_id a
     line.
 
-    `where` and `order_by` are what follows these words in SQL over the view `pairs`; ties keep the store's order. A pair is held
-    back if
-    the hash of its pair_id falls into `eval_fraction`: the same pairs whatever the order, the condition or the store, and equal
-    content
-    never stands on both sides. InputError for SQL that fails, gives another answer the second time, or leaves nothing.
+    `where` and `order_by` are what follows these words in SQL over the view `pairs`; ties keep the store's order. A pair is held back if the
+    hash of its pair_id falls into `eval_fraction`: the same pairs whatever the order, the condition or the store, and equal content never
+    stands on both sides. InputError for SQL that fails, gives another answer the second time, or leaves nothing.
     """
-    connection = connect(store, threads=1, decode=decode)  # with several, `limit` among equals picks another row each time
-    everything = fetch(connection, "select row, pair_id from pairs order by row", store)
-    given = " ".join(f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by)) if sql is not None)
     listed = _Listed.read(where_file) if where_file is not None else None
-    if listed is not None:
-        given = f"--where-file {where_file} {given}".strip()
-        connection.execute("create temp table listed as select unnest(?::varchar[]) as pair_id", [list(listed.pair_ids)])
-    asked = f"{given} {listed.condition if listed is not None else ''}"
-    if sums_only(store) and re.search(r"token_logps|\blogp\b", asked, re.IGNORECASE):
-        raise InputError(
-            f"asks for log-probs of single tokens, which {store} does not have: it was imported and has sums only",
-            where=given,
-            next="Use ref_chosen_logps, ref_rejected_logps and the counts.",
-        )
-    if given:
-        conditions = [sql for sql in (where, listed.condition if listed is not None else None) if sql is not None]
-        both = "\n) and (".join(conditions) if conditions else None
-        query = f"select row, pair_id from pairs {_clause('where', both)} order by {_part(order_by, ', ')}row"
-        chosen = fetch(connection, query, given)
-        if chosen != fetch(connection, query, given):
-            raise InputError(
-                "this SQL gives another answer each time, so the processes of a run would not agree",
-                where=given,
-                next="For a random part use hash(pair_id) % 10 = 0; add row to an inner order by.",
-            )
-    else:
-        chosen = everything
-    if not chosen:
-        raise InputError("no pair is left", where=given or store, found=f"{len(everything):,} pairs in {store}")
+    everything, chosen = _answers(store, where, order_by, decode, listed)
     held_back = [eval_fraction is not None and _unit(pair_id) < eval_fraction for _, pair_id in chosen]
     train = [pair for pair, held in zip(chosen, held_back, strict=True) if not held]
     evaluate = sorted(pair for pair, held in zip(chosen, held_back, strict=True) if held)
@@ -124,11 +95,45 @@ def select(
     )
 
 
+def _answers(
+    store: Path, where: str | None, order_by: str | None, decode: Decode | None, listed: "_Listed | None"
+) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """(row, pair_id) of all pairs in the store's order, and of those asked for in the order asked for."""
+    connection = connect(store, threads=1, decode=decode)  # with several, `limit` among equals picks another row each time
+    everything = fetch(connection, "select row, pair_id from pairs order by row", store)
+    given = " ".join(f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by)) if sql is not None)
+    if listed is not None:
+        given = f"--where-file {listed.path} {given}".strip()
+        connection.execute("create temp table listed as select unnest(?::varchar[]) as pair_id", [list(listed.pair_ids)])
+    asked = f"{given} {listed.condition if listed is not None else ''}"
+    if sums_only(store) and re.search(r"token_logps|\blogp\b", asked, re.IGNORECASE):
+        raise InputError(
+            f"asks for log-probs of single tokens, which {store} does not have: it was imported and has sums only",
+            where=given,
+            next="Use ref_chosen_logps, ref_rejected_logps and the counts.",
+        )
+    chosen = everything
+    if given:
+        conditions = [sql for sql in (where, listed.condition if listed is not None else None) if sql is not None]
+        both = "\n) and (".join(conditions) if conditions else None
+        query = f"select row, pair_id from pairs {_clause('where', both)} order by {_part(order_by, ', ')}row"
+        chosen = fetch(connection, query, given)
+        if chosen != fetch(connection, query, given):
+            raise InputError(
+                "this SQL gives another answer each time, so the processes of a run would not agree",
+                where=given,
+                next="For a random part use hash(pair_id) % 10 = 0; add row to an inner order by.",
+            )
+    if not chosen:
+        raise InputError("no pair is left", where=given or store, found=f"{len(everything):,} pairs in {store}")
+    return everything, chosen
+
+
 @dataclass(frozen=True)
 class _Listed:
     """What a file of --where-file holds."""
 
-    name: str
+    path: Path
     sha256: str
     condition: str
     pair_ids: tuple[str, ...] = ()
@@ -136,9 +141,9 @@ class _Listed:
     def described(self, known: set[str]) -> str:
         """`known`: the store's pair_ids."""
         if not self.pair_ids:
-            return f"{self.name} (sha256 {self.sha256[:12]})"
+            return f"{self.path.name} (sha256 {self.sha256[:12]})"
         absent = len(set(self.pair_ids) - known)
-        return f"{self.name} ({len(self.pair_ids):,} pair_ids, {absent:,} of them not in the store; sha256 {self.sha256[:12]})"
+        return f"{self.path.name} ({len(self.pair_ids):,} pair_ids, {absent:,} of them not in the store; sha256 {self.sha256[:12]})"
 
     @classmethod
     def read(cls, path: Path) -> "_Listed":
@@ -152,8 +157,8 @@ class _Listed:
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         if all(re.fullmatch("[0-9a-f]{32}", line) for line in lines):
             ids = tuple(dict.fromkeys(lines))
-            return cls(path.name, sha256, "pair_id in (select pair_id from listed)", ids)
-        return cls(path.name, sha256, text)
+            return cls(path, sha256, "pair_id in (select pair_id from listed)", ids)
+        return cls(path, sha256, text)
 
 
 def _clause(word: str, sql: str | None) -> str:

@@ -6,12 +6,11 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from precompute.scorer import AttentionKernel, Layout
-from store import DTYPES
+from options import check_choices
 from store.errors import InputError
-from train.choices import ADAMS, F_DIVERGENCES, F_LOSSES, LOSS_TYPES, METRICS, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES, SORT_PAIRS
+from train.choices import ADAMS, F_LOSSES, LOSS_TYPES, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES, SORT_PAIRS
 
 OF_FRESH_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 """Options that an adapter that is trained on has decided."""
@@ -24,6 +23,7 @@ def is_pattern(name: str) -> bool:
 
 def check(config: Any) -> None:
     """InputError for the first option of this TrainConfig that cannot be meant: out of range, unknown, without effect, or against another one."""
+    check_choices(config)
     _check_loss(config)
     _check_schedule(config)
     _check_environment(config)
@@ -66,7 +66,6 @@ def _check_loss(config: Any) -> None:
             where="--use-weighting",
             next="It is a mean over tokens; leave out one of the two.",
         )
-    _require_one_of(config.f_divergence_type, F_DIVERGENCES, "--f-divergence-type")
     others = [name for name in config.loss_type if name not in F_LOSSES]
     if config.f_divergence_type != "reverse_kl" and others:
         raise InputError(
@@ -115,9 +114,6 @@ def _check_schedule(config: Any) -> None:
             where=f"--tokens-per-batch {config.tokens_per_batch}",
             next="Give --per-device-train-batch-size instead.",
         )
-    _require_one_of(config.save_strategy, ("no", "steps", "epoch"), "--save-strategy")
-    if config.dtype is not None:
-        _require_one_of(config.dtype, DTYPES, "--dtype")
     _require(
         config.eval_fraction is None or 0 < config.eval_fraction < 1,
         "--eval-fraction",
@@ -161,7 +157,6 @@ def _check_optimizer(config: Any) -> None:
     )
     if config.optim is None:
         return
-    _require_one_of(config.optim, tuple(OPTIMIZERS), "--optim")
     changed = [
         _option(name) for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(config, name) != _default(config, name)
     ]
@@ -172,10 +167,8 @@ def _check_optimizer(config: Any) -> None:
 
 
 def _check_saving(config: Any) -> None:
-    if config.metric_for_best_model is not None:
-        _require_one_of(config.metric_for_best_model, METRICS, "--metric-for-best-model")
-        if not config.load_best_model_at_end:
-            raise InputError("belongs to --load-best-model-at-end", where="--metric-for-best-model", next="Give both.")
+    if config.metric_for_best_model is not None and not config.load_best_model_at_end:
+        raise InputError("belongs to --load-best-model-at-end", where="--metric-for-best-model", next="Give both.")
     if not config.load_best_model_at_end:
         return
     where = "--load-best-model-at-end"
@@ -212,14 +205,12 @@ def _check_environment(config: Any) -> None:
         raise InputError(
             "belongs to --policy", where="--revision", next="Without --policy the store's model and revision are used."
         )
-    _require_one_of(config.layout, get_args(Layout), "--layout")
     if config.layout == "packed" and config.attn_implementation is not None:
         raise InputError(
             "the packed layout brings its own attention",
             where=f"--attn-implementation {config.attn_implementation}",
             next="Leave it out, or use --layout padded.",
         )
-    _require_one_of(config.attention_kernel, get_args(AttentionKernel), "--attention-kernel")
     _check_stage(config.zero_config)
 
 
