@@ -75,15 +75,17 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def refusal(error: OSError, path: Path, option: str = "--ref-store") -> StoreError:
-    """The operating system's refusal to write below `path`, which `option` named, with what to do about it."""
+def refusal(error: OSError, path: Path, option: str = "--ref-store", *more: str) -> StoreError:
+    """The operating system's refusal to write below `path`, which `option` named, with what to do about it. `more`: the options that the same
+    command needs to go on."""
     kept = "Finished shards are kept: " if option == "--ref-store" else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         only = "; it does only what is missing" if kept else ""
+        with_options = f" with {' '.join(more)}" if more else ""
         return StoreError(
             "disk full or quota reached while writing",
             where=path,
-            next=f"{kept}{'free' if kept else 'Free'} some space, then run the same command again{only}: {again()}",
+            next=f"{kept}{'free' if kept else 'Free'} some space, then run the same command again{with_options}{only}: {again(*more)}",
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError(

@@ -1,6 +1,8 @@
 """Which model a run leaves behind: the best by an evaluation, checkpoints without optimizer states. Real runs under DeepSpeed."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,42 @@ def test_the_best_checkpoint_is_what_is_saved(world, tmp_path, metric):
     assert best == 4 or not same(saved, weights(tmp_path / "run" / "checkpoint-4"))
     assert written["best"] == {"step": best, "metric": metric, "value": found[best]}
     assert f"that of step {best} evaluated best, {metric} {found[best]:.4f}" in output
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_saved_by_a_run_that_went_on_in_another_place(world, tmp_path):
+    """Killed after its last checkpoint, then moved: transformers knows the best one by its former path."""
+    options = ["--learning-rate", 0.05, "--save-steps", 1, "--load-best-model-at-end", "--save-total-limit", 2]
+    train(world, tmp_path / "run", *options)
+    best = json.loads((tmp_path / "run" / "run.json").read_text())["best"]["step"]
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"} and best < 4
+    saved = weights(tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    (moved / "run.json").write_text((moved / "run.json").read_text().replace('"finished"', '"running"'))
+    (moved / "model.safetensors").unlink()
+    train(world, moved, *options, "--resume")
+    assert same(weights(moved), saved)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_costs_nothing_that_was_stored(world, tmp_path):
+    """Full in the states of the first checkpoint, and in the final model: the same command then goes on."""
+    options = ["--learning-rate", 1e-3, "--save-steps", 2, "--resume-or-start"]
+    train(world, tmp_path / "whole", *options)
+    total = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*")) // 1024
+    for share in (0.3, 0.95):
+        disk = tmp_path / f"disk-{share}"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(share * total)}k", "none", str(disk)], check=True)
+        try:
+            refusal = train(world, disk / "run", *options, code=1)
+            assert "disk full or quota reached" in refusal and refusal.count("Error:") == 1, refusal
+            subprocess.run(["mount", "-o", f"remount,size={2 * total}k", str(disk)], check=True)
+            train(world, disk / "run", *options)
+            assert same(weights(disk / "run"), weights(tmp_path / "whole")), share
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_checkpoints_of_the_model_alone_are_kept_and_not_resumed(world, tmp_path):

@@ -104,6 +104,7 @@ def refuse_folder(config: TrainConfig, planned: Plan) -> None:
     if planned.checkpoint is None:
         record.refuse_other_run(config.output_dir)
     else:
+        record.refuse_damaged(planned.checkpoint, config)
         record.compare_with_started(planned.checkpoint, planned.course)
 
 

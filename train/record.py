@@ -3,8 +3,10 @@
 Needs neither torch nor transformers, so that a command line can ask `checkpoint_of` and `refuse_other_run` before it starts any rank.
 """
 
+import errno
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -16,17 +18,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 from stop import Stopped
-from store import record
+from store import disk, record
 from store.command import again, typed
-from store.errors import InputError
+from store.errors import InputError, RefdpoError
 from store.manifest import Identity, causes
-from train.checkpoint import COMPLETE, cut_short, last_checkpoint, model_only, state_of
+from train import alone, zero
+from train.checkpoint import COMPLETE, best_of, cut_short, damage, last_checkpoint, model_only, state_of
 from train.choices import SORT_PAIRS
 from train.config import DEFAULTS, FREE_ON_RESUME, TrainConfig
 
 NAME = "run.json"
 
-RESTARTABLE = frozenset({NAME, "runs"})
+STAGED = f".{NAME}.tmp"
+
+RESTARTABLE = frozenset({NAME, STAGED, alone.NAME, "runs"})
 """What a run that died before its first checkpoint leaves behind: this record and TensorBoard's folder. Nothing is lost by starting again."""
 
 
@@ -79,13 +84,16 @@ def now() -> str:
 
 
 def write(folder: Path, content: dict) -> None:
-    """Atomically. Raises InputError for a folder that cannot be written."""
-    staged = folder / f".{NAME}.tmp"
+    """Atomically. Raises InputError for a folder that cannot be written, StoreError for a full disk."""
+    staged = folder / STAGED
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staged.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(staged, folder / NAME)
     except OSError as error:
+        disk.drop(staged)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk.refusal(error, folder / NAME, "--output-dir", *resuming("--resume-or-start")) from error
         raise InputError(f"cannot be written: {error.strerror}", where=f"--output-dir {folder}") from error
 
 
@@ -111,7 +119,7 @@ def keeping_status(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         status = "stopped" if isinstance(error, Stopped) else "failed"
-        with suppress(InputError):  # the first error counts, also on a full disk
+        with suppress(RefdpoError):  # the first error counts, also on a full disk
             write(folder, (read(folder) or {}) | {"status": status, "ended": now(), "error": f"{type(error).__name__}: {error}"})
         raise
 
@@ -124,6 +132,7 @@ def refuse_other_run(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError("a file, not a folder", where=f"--output-dir {folder}")
     present = sorted(entry.name for entry in folder.iterdir() if not cut_short(entry)) if folder.exists() else []
+    present = [name for name in present if name != alone.NAME]
     checkpoint = last_checkpoint(folder)
     of_run = read(folder)
     unfinished = of_run is not None and of_run.get("status") != "finished"
@@ -153,9 +162,9 @@ def remove_run(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def resuming() -> tuple[str, ...]:
-    """What the command that runs now lacks to go on from its checkpoint when it is typed again."""
-    return () if {"--resume", "--resume-or-start"} & set(typed()) else ("--resume",)
+def resuming(option: str = "--resume") -> tuple[str, ...]:
+    """What the command that runs now lacks to go on from its checkpoint when it is typed again; `--resume-or-start` where there may be none."""
+    return () if {"--resume", "--resume-or-start"} & set(typed()) else (option,)
 
 
 def checkpoint_of(config: TrainConfig) -> Path | None:
@@ -185,6 +194,29 @@ def _refuse_model_only(checkpoint: Path) -> Path:
             "--allow-different-policy.",
         )
     return checkpoint
+
+
+def refuse_damaged(checkpoint: Path, config: TrainConfig) -> None:
+    """InputError where files of the checkpoint that a run goes on from are not whole, or of the best one, should that be saved at the end."""
+    in_parts = zero.stage(config.zero_config) > 0
+    if missing := damage(checkpoint, in_parts):
+        raise InputError(
+            "files of this checkpoint are missing or cut short",
+            where=checkpoint,
+            found=_shortened(missing),
+            next=f"Copy it again, whole; or remove it to go on from an earlier one: rm -r {shlex.quote(str(checkpoint))}",
+        )
+    best = best_of(checkpoint) if config.load_best_model_at_end else None
+    if best is not None and (state_of(best) is None or damage(best, in_parts)):
+        raise InputError(
+            "the checkpoint that evaluated best so far is not there, or not whole",
+            where=best,
+            next="Bring it back; or go on without --load-best-model-at-end, which saves the last model.",
+        )
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def compare_with_started(checkpoint: Path, now: dict) -> None:

@@ -40,6 +40,7 @@ from presets import PRESETS
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.errors import InputError
 from train import capacity, card, gate, hub, lora, record
+from train.alone import alone
 from train.balance import Shape, imbalance, shuffled
 from train.beta import beta_notice
 from train.checkpoint import remove_cut_short, state_of
@@ -54,9 +55,10 @@ from train.progress import ProgressLines
 from train.ranks import agree, join, peak_memory, refuse_abandoned_build
 from train.record import TrainResult
 from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, write_whole
+from train.saving import written
 from train.self_test import self_test_policy
 from train.summary import summary
-from train.trainer import LogLastStep, StoreDPOTrainer
+from train.trainer import BestIsHere, LogLastStep, StoreDPOTrainer
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -67,9 +69,12 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
 
     Raises InputError or StoreError before anything is trained, and Stopped, with a checkpoint written, when told to stop.
     """
-    if stop is not None:
-        return _train(config, stop)
-    with listening(STOP_TRAINING) as heard:
+    process = launched()
+    first = process is None or process.rank == 0
+    with (
+        nullcontext(stop) if stop is not None else listening(STOP_TRAINING) as heard,
+        alone(config.output_dir) if first else nullcontext(),
+    ):
         return _train(config, heard)
 
 
@@ -125,7 +130,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     rank.leave_if_told(args.device)
     if rank.first:
         record.write(config.output_dir, planned.course)
-        remove_cut_short(config.output_dir)
+        for removed in remove_cut_short(config.output_dir):
+            rank.say(f"{removed} was cut short: removed")
     with record.keeping_status(config.output_dir) if rank.first else nullcontext():
         if resharded:
             _reshard(rank, planned.checkpoint, trainer)
@@ -354,6 +360,7 @@ def _take_steps(
         state = state_of(checkpoint)
         num_steps_before = state["global_step"]
         args.eval_on_start = evaluation_is_due(state, args)
+        trainer.add_callback(BestIsHere(checkpoint))
     with explained(memory_plan, args.activation_checkpointing, lambda: trainer.state.global_step):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if interrupt.stopped_at is not None:
@@ -392,7 +399,8 @@ def _save(rank: _Rank, planned: Plan, trainer: StoreDPOTrainer, result: TrainRes
             **({} if best is None else {"best": best}),
             "log_history": trainer.state.log_history,
         }
-        card.write(config.output_dir, planned.course | done, config.hub_model_id)
+        with written(config.output_dir):
+            card.write(config.output_dir, planned.course | done, config.hub_model_id)
         record.write(config.output_dir, planned.course | done)
 
 

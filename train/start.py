@@ -14,6 +14,7 @@ from stop import STOP_TRAINING, Stopped, listening
 from store.errors import InputError
 from store.reader import open_store
 from train import hub, record
+from train.alone import refuse_running
 from train.beta import default_beta
 from train.checkpoint import last_checkpoint
 from train.config import TrainConfig, fixed_pairs
@@ -86,6 +87,7 @@ def start(
 def _start_ranks(config: TrainConfig, num_processes: int, overwrite: bool, options: str | None) -> None:
     """Ends the process. What can be refused here need not cost the start of every rank."""
     planned = plan(config, num_processes)
+    refuse_running(config.output_dir)
     if overwrite:  # never in a rank: a job that is started again would remove what it has done
         _refuse_what_is_needed(config, planned, options)
         record.remove_run(config.output_dir)

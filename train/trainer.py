@@ -11,6 +11,8 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 - `evaluation_loop`: TRL averages batches; here each pair counts once      train/evaluate.py
 - `loss_weights` of `sft`: TRL's is a mean over the tokens of a micro-batch; weighted by its tokens it is the mean over the global batch.
 - dropout: TRL turns `nn.Dropout` off, and not what a module keeps as a number     train/dropout.py
+- `_save_checkpoint`, `save_model`: a file that cannot be written is one error; which checkpoints are old is told by their steps, not by times
+- `_save_rng_state`: waits for all ranks, so that the checkpoint's last file (train/checkpoint.py) comes after the last of any of them
 - `evaluate`: TRL refuses to score a new dataset after step 0, as the reference is gone by then; ours comes with its scores.
 - telemetry is not sent.
 """
@@ -18,6 +20,7 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 import math
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +36,14 @@ from trl.trainer import dpo_trainer
 from train import dropout
 from train.balance import RELATE_PAIRS, BalancedSampler, Shape
 from train.bins import Bins, within
+from train.checkpoint import best_of, remove_oldest
 from train.data import REFERENCE, CollateTurns, Lengths, lengths_in
 from train.evaluate import evaluate
 from train.flops import PairFlops
 from train.metrics import Sums, kept
 from train.packed import pack_policy
 from train.rows import MicroBatches, Row, only
+from train.saving import written
 from train.speed import Speed
 
 NUM_TOKENS = "num_tokens"
@@ -86,6 +91,7 @@ class StoreDPOTrainer(DPOTrainer):
                 processing_class=processing_class,
                 callbacks=callbacks,
             )
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         self.data_collator = CollateTurns(self.data_collator)
         if base is not model:
             model.delete_adapter("ref")  # TRL keeps a copy of the adapter to compute the reference with
@@ -247,6 +253,21 @@ class StoreDPOTrainer(DPOTrainer):
                 self._metrics["train"][NUM_TOKENS] = [self._total_train_tokens]
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
+        with written(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, *args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        folder = Path(self.args.output_dir)
+        with written(folder / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
+        if self.save_total_limit is not None and self.args.should_save:
+            remove_oldest(folder, self.save_total_limit, self.state.best_global_step)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's, written at each checkpoint, knows no model that is a folder; train/card.py writes one at the end."""
 
@@ -322,6 +343,18 @@ def _watched_head():
         yield asked
     finally:
         dpo_trainer.add_fused_lm_head = original
+
+
+class BestIsHere(TrainerCallback):
+    """The best checkpoint of a resumed run lies beside the resumed one. The state names it by the path it had when it was written; where
+    that is gone, for the folder was moved, transformers would forget it and end with the last model."""
+
+    def __init__(self, resumed: Path):
+        self.resumed = resumed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = best_of(self.resumed)
+        state.best_model_checkpoint = None if best is None else str(best)
 
 
 class LogLastStep(TrainerCallback):

@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: values that stand in it and in the options are the same, or the run is refused before anything is loaded."""
 
 import json
+from pathlib import Path
 
 from store.errors import InputError
 from train.config import TrainConfig
@@ -74,6 +75,11 @@ def refuse_contradictions(config: TrainConfig, dtype: str, accumulation: int | N
             found="; ".join(theirs for _, theirs in differing),
             next='Write "auto" there, or give the same value as an option.',
         )
+
+
+def stage(path: Path) -> int:
+    """ZeRO's, of the DeepSpeed configuration of a run whose options hold."""
+    return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
 
 
 def _at(config: dict, path: str) -> object:
