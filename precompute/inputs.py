@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Event
 from typing import Any
@@ -37,9 +37,15 @@ LONG_CHECK_S = 5
 """After the model is there, until the user is told what is waited for."""
 
 
-def load_inputs(config: PrecomputeConfig, where: tuple[torch.device, ...], known_weights: str | None = None) -> tuple:
+def load_inputs(
+    config: PrecomputeConfig,
+    where: tuple[torch.device, ...],
+    known_weights: str | None = None,
+    say: Callable[[str], object] = print,
+) -> tuple:
     """(rows, tokenizer, model on `where`, Identity): everything that makes the numbers, loaded, checked against each other and hashed.
-    Where the hash of the weights is known (precompute/sealed.py) the model is None: there is nothing to score."""
+    Where the hash of the weights is known (precompute/sealed.py) the model is None: there is nothing to score. `say` gets what is unusual about
+    the model's checkpoint."""
     if known_weights is None:
         refuse_too_large(config.model, revision=config.revision, dtype=config.dtype, devices=where)
     given_up = Event()
@@ -66,6 +72,7 @@ def load_inputs(config: PrecomputeConfig, where: tuple[torch.device, ...], known
                 dtype=config.dtype,
                 device=where,
                 attn_implementation=config.attn_implementation,
+                say=say,
             )
         if checked is not None:
             if wait([checked], timeout=LONG_CHECK_S).not_done and config.show == "text":

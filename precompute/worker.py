@@ -32,7 +32,6 @@ from precompute.rows.dataset import JoinedRows, Rows
 from precompute.rows.source_columns import Beside, SourceColumns
 from precompute.scorer.adapter import adapter_of
 from precompute.scorer.api import (
-    attention_notice,
     enough_memory,
     give_back_freed_memory,
     keep_freed_memory,
@@ -87,7 +86,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
     # Before the weights are read, for files may change meanwhile; a hub's do not, and asking for a model that is not there takes its time.
     early = Path(config.model).is_dir() or manifest_path(config.ref_store).exists()
     stamp = checkpoint_stamp(config.model, config.revision) if early else None
-    rows, tokenizer, model, identity = load_inputs(config, mine, weights_known(config.ref_store, stamp))
+    rows, tokenizer, model, identity = load_inputs(config, mine, weights_known(config.ref_store, stamp), say)
     if mine[0].type == "cpu":
         keep_freed_memory()  # from here on: what loading took and freed goes back
     command = config.command()
@@ -156,8 +155,6 @@ def _set_up(config: PrecomputeConfig, mine: tuple[torch.device, ...], say: Say, 
 def _try_model(config: PrecomputeConfig, model: PreTrainedModel, process: Process, say: Say) -> PrecomputeConfig:
     """`config` with the measured number where --tokens-per-batch is auto. InputError where the layout gives this model other log-probs than a
     plain forward."""
-    if (notice := attention_notice(model, config.attn_implementation)) is not None:
-        say(notice)
     budget = 16384 if config.tokens_per_batch == "auto" else config.tokens_per_batch
     with named_kernel(config.attention_kernel), named_compiler():
         say(self_test(model, config.dtype, layout=config.layout, tokens_per_batch=budget))

@@ -45,6 +45,25 @@ stands here. To write the page again, for another version of transformers for ex
 """
 
 
+CHECKPOINTS = """
+## What else is looked at in a checkpoint
+
+transformers loads most of these without an error. Here each is one, before the weights are read
+where that is possible:
+
+- Code of its own (`auto_map` in `config.json` or `tokenizer_config.json`), which is never run, and
+  whose class is not the one that transformers has for this `model_type`. A repository's own copy of
+  a class that transformers has by the same name is said in a line.
+- Weights that the class does not use: a bias, another layer, what LoRA left. Parts of their own
+  beside the language model (a value head, towers for pictures) are said in a line.
+- Weights that are there twice under two names; a head with other values than the embeddings that
+  `config.json` ties it to; another shape; integers without a `quantization_config`.
+- Quantized weights (bitsandbytes, GPTQ, AWQ, and so on). fp8 and mxfp4, in which gpt-oss is
+  released, are turned back into numbers of `--dtype` at loading, and a line says so.
+- Files of weights beside those that are read are named in a line.
+"""
+
+
 def page(found: dict[str, dict[str, Outcome]], version: str) -> str:
     """The whole text of docs/models.md."""
     rows = []
@@ -52,7 +71,7 @@ def page(found: dict[str, dict[str, Outcome]], version: str) -> str:
         verdicts = (found[name][way].verdict for way in WAYS)
         known_as = f" {KNOWN_AS[name]}" if name in KNOWN_AS else ""
         rows.append(f"| `{name}`{known_as} | {' | '.join(verdicts)} | {_bound(found[name])} |\n")
-    return HEAD.format(version=version) + "".join(rows) + _reasons(found) + _not_made() + FOOT
+    return HEAD.format(version=version) + "".join(rows) + _reasons(found) + _not_made() + FOOT + CHECKPOINTS
 
 
 def _bound(outcomes: dict[str, Outcome]) -> str:

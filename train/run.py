@@ -24,7 +24,6 @@ import devices
 from launch import Process, launched
 from precompute.scorer.adapter import Adapter, adapter_of
 from precompute.scorer.api import (
-    attention_notice,
     load_base,
     load_in_4bit,
     load_model,
@@ -239,11 +238,10 @@ def _load_policy(
         dtype=policy.dtype,
         device=device,
         attn_implementation=config.attn_implementation,
+        say=rank.say,
     )
     if adapter is not None:
         rank.say(adapter)
-    if (unusual := attention_notice(model, config.attn_implementation)) is not None:
-        rank.say(unusual)
     if config.layout == "padded":
         refuse_mixed(model, np.concatenate([lengths.prompt + lengths.chosen, lengths.prompt + lengths.rejected]))
     refuse_dynamic(model, int(lengths.longer.max(initial=0)))

@@ -21,7 +21,6 @@ from precompute.scorer.forwards import replaced
 from precompute.scorer.head import head_of
 from precompute.scorer.kernels import library
 from precompute.scorer.model import (
-    attention_notice,
     chat_template_sha256,
     config_sha256,
     load_base,

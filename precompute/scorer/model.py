@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
+from precompute.scorer import checkpoint
 from precompute.scorer.adapter import Adapter, adapter_of, merged
 from precompute.scorer.budget import SHARE, free_memory
 from precompute.scorer.spread import devices_of, largest_share, spread
@@ -37,6 +38,9 @@ VOLATILE_CONFIG = {
 
 GIB = 2**30
 
+Say = Callable[[str], object] | None
+"""Takes lines for the user; None: nothing is said."""
+
 
 def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer, with its chat template replaced by the text of the file `chat_template` if given. Raises InputError."""
@@ -48,6 +52,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Pat
                 "there is no tokenizer beside the adapter", where=name, next=f"Give --tokenizer {adapter.base}"
             ) from error
         raise _not_loadable("tokenizer", name, revision, error) from error
+    checkpoint.check_tokenizer(tokenizer, name, revision)
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -63,18 +68,21 @@ def load_model(
     dtype: str,
     device: torch.device | tuple[torch.device, ...],
     attn_implementation: str | None = None,
+    say: Say = None,
 ) -> PreTrainedModel:
     """The causal language model in evaluation mode on `device`, or spread over several (spread.py), an adapter merged into its base. Raises
-    InputError, also when a weight is missing from the checkpoint.
+    InputError, also when a weight is missing from the checkpoint, or when it has more than the model can use (checkpoint.py).
 
     `attn_implementation`: of the plain forward, by transformers' name. None: PyTorch's scaled dot product attention (sdpa), or eager where
-    transformers has no other for this architecture, which `attention_notice` says.
+    transformers has no other for this architecture, which `say` is told, as all that is unusual about the checkpoint.
     """
     adapter = adapter_of(name, revision)
     if adapter is None:
-        model = _whole_model(name, revision, dtype, attn_implementation)
+        model = _whole_model(name, revision, dtype, attn_implementation, say)
     else:
-        model = merged(load_base(adapter, dtype=dtype, attn_implementation=attn_implementation), adapter)
+        model = merged(load_base(adapter, dtype=dtype, attn_implementation=attn_implementation, say=say), adapter)
+    if say is not None and (notice := _attention_notice(model, attn_implementation)) is not None:
+        say(notice)
     devices = device if isinstance(device, tuple) else (device,)
     spread(model, devices)
     if len(found := devices_of(model)) != len(devices):
@@ -121,10 +129,10 @@ def without_weights(name: str, *, revision: str | None, dtype: str) -> PreTraine
         raise _not_loadable("causal language model", base, base_revision, error) from error
 
 
-def load_base(adapter: Adapter, *, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_base(adapter: Adapter, *, dtype: str, attn_implementation: str | None = None, say: Say = None) -> PreTrainedModel:
     """The model that an adapter belongs to, without it, on the CPU. Raises InputError."""
     with _as_base_of(adapter):
-        return _whole_model(adapter.base, adapter.base_revision, dtype, attn_implementation)
+        return _whole_model(adapter.base, adapter.base_revision, dtype, attn_implementation, say)
 
 
 def load_in_4bit(
@@ -151,8 +159,11 @@ def _as_base_of(adapter: Adapter) -> Iterator[None]:
         ) from error
 
 
-def _whole_model(name: str, revision: str | None, dtype: str, attn_implementation: str | None, **options) -> PreTrainedModel:
+def _whole_model(
+    name: str, revision: str | None, dtype: str, attn_implementation: str | None, say: Say = None, **options
+) -> PreTrainedModel:
     try:
+        found = checkpoint.read(name, revision)
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
@@ -160,22 +171,40 @@ def _whole_model(name: str, revision: str | None, dtype: str, attn_implementatio
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             output_loading_info=True,
-            **options,
+            ignore_mismatched_sizes=True,  # said below, with their names
+            **(found.options | options),
         )
+    except InputError:
+        raise
     except Exception as error:
         raise _not_loadable("causal language model", name, revision, error) from error
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if loading["mismatched_keys"]:
+        key, stored, needed = min(loading["mismatched_keys"])
+        raise InputError(
+            f"{len(loading['mismatched_keys'])} of the checkpoint's weights have another shape than config.json says",
+            where=name,
+            expected=f"{tuple(needed)} for {key}",
+            found=tuple(stored),
+            next="Use the config.json that belongs to these weights.",
+        )
+    if loading["missing_keys"]:
+        absent = sorted(loading["missing_keys"])
         raise InputError(
             f"the checkpoint lacks {len(absent)} of the model's weights, which would be random",
             where=name,
             found=f"no {', '.join(absent[:3])}",
             next="Use a complete causal-language-model checkpoint.",
         )
+    if found.options:
+        checkpoint.in_one_dtype(model, getattr(torch, dtype))
+    checkpoint.check(found, model, loading, in_few_bits="quantization_config" in options)
+    if say is not None:
+        for notice in found.notices:
+            say(f"{name}: {notice}")
     return model
 
 
-def attention_notice(model: PreTrainedModel, asked: str | None) -> str | None:
+def _attention_notice(model: PreTrainedModel, asked: str | None) -> str | None:
     """A line for the user where nothing was asked for and transformers has no scaled dot product attention for this model."""
     found = model.config._attn_implementation
     if asked is not None or found == "sdpa":
