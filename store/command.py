@@ -1,6 +1,7 @@
 """The command that a person typed: found out, kept with the store that it makes, and printed again so that following it works."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -76,13 +77,49 @@ def again(*more: str) -> str:
 
 
 def cli(*words: object) -> str:
-    """A command of this project, `python cli.py train …` or `refdpo train …`, to be typed in this folder."""
-    program = ["python", "cli.py"]
-    if called_with is None and Path(sys.argv[0]).name == program[1]:
-        program = [sys.orig_argv[0], sys.argv[0]]
-    elif called_with is None and Path(sys.argv[0]).name == INSTALLED:
-        program = [INSTALLED]
-    return shlex.join([*program, *map(str, words)])
+    """A command of this project, `python cli.py train …` or `refdpo train …`, to be typed in this folder: by the program that a person named."""
+    return shlex.join([*_program(), *map(str, words)])
+
+
+def _program() -> list[str]:
+    if called_with is not None:
+        return ["python", "cli.py"]
+    number = len(sys.argv) - 1
+    started = [*sys.orig_argv[: len(sys.orig_argv) - number]]
+    if line := os.environ.get(VARIABLE):
+        words = shlex.split(line)
+        heads = [words[: place + 1] for place in range(len(words))]
+    else:
+        words = _typed()
+        heads = [words[: len(words) - number]]
+    script = [INSTALLED] if Path(sys.argv[0]).name == INSTALLED else None
+    found = (program for head in (*heads, started) if (program := _started_by(head)) is not None)
+    return next(found, script or ["python", "cli.py"])
+
+
+def _started_by(head: list[str]) -> list[str] | None:
+    """What of a command line up to this project's name starts it: `refdpo`; or cli.py, with the Python that stands before it, or beside the
+    launcher. None where it does not end in that name."""
+    name, as_module = head[-1] if head else "", head[-2:] == ["-m", "cli"]
+    uv = head[:2] if head[:2] == ["uv", "run"] else []
+    if Path(name).name == INSTALLED:
+        return [*uv, _short(name)]
+    if not as_module and Path(name).name != "cli.py":
+        return None
+    pythons = [each for each in head if re.fullmatch(r"python[\d.]*", Path(each).name)]
+    beside = [str(Path(each).with_name("python")) for each in head[:-1] if os.path.dirname(each)]
+    python = next((each for each in (*reversed(pythons), *beside) if shutil.which(each)), "python")
+    return [*uv, _short(python), *(["-m", name] if as_module else [_short(name)])]
+
+
+def _short(path: str) -> str:
+    """As a person would type it here."""
+    if not os.path.isabs(path):
+        return path
+    if shutil.which(Path(path).name) == path:
+        return Path(path).name
+    inside = os.path.relpath(path)
+    return path if inside.startswith(os.pardir) else inside
 
 
 def typed() -> tuple[str, ...]:
@@ -127,7 +164,7 @@ def _without_interpreter(words: Sequence[str]) -> list[str]:
     script = words[1] if len(words) > 1 else ""
     if (
         Path(words[0]).name.startswith("python")
-        and os.path.isabs(script)
+        and os.path.dirname(script)
         and not Path(script).suffix
         and os.access(script, os.X_OK)
     ):

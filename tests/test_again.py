@@ -126,14 +126,19 @@ def test_without_the_commands_a_number_of_rows_is_a_number_of_rows():
 # --- the command as typed
 
 
-SAY = "import sys; from store.command import again; print(again('--resume'))"
+SAY = "import sys; from store.command import again, cli; print(cli('inspect')); print(again('--resume'))"
 
 
-def said(*words: str, cwd: Path, **environ: str) -> list[str]:
+def printed(*words: str, cwd: Path, **environ: str) -> list[list[str]]:
+    """Another command of this project, and this one again."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "REFDPO_"))}
     keep["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(words, check=True, cwd=cwd, env=keep | environ, capture_output=True, text=True, timeout=1200)
-    return shlex.split(done.stdout.strip().splitlines()[-1])
+    return [shlex.split(line) for line in done.stdout.strip().splitlines()[-2:]]
+
+
+def said(*words: str, cwd: Path, **environ: str) -> list[str]:
+    return printed(*words, cwd=cwd, **environ)[-1]
 
 
 def test_the_command_is_what_was_typed_whatever_started_it(tmp_path):
@@ -156,7 +161,13 @@ def test_the_command_is_what_was_typed_whatever_started_it(tmp_path):
         ),
     ):
         expected = ["torchrun" if more and word == torchrun else word for word in typed]
-        assert said(*typed, cwd=tmp_path, **more) == [*expected, "--resume"]
+        another, again = printed(*typed, cwd=tmp_path, **more)
+        assert again == [*expected, "--resume"]
+        assert another == [
+            "python" if more else str(Path(python).with_name("python")) if torchrun in typed else python,
+            "cli.py",
+            "inspect",
+        ]
     assert said(python, "cli.py", *words, "--resume", cwd=tmp_path)[-1:] == ["--resume"]
     assert said(python, "cli.py", "x", cwd=tmp_path, REFDPO_COMMAND="sbatch 'a b.sbatch' x") == [
         "sbatch",
@@ -170,6 +181,29 @@ def test_the_command_is_what_was_typed_whatever_started_it(tmp_path):
     assert said(python, "cli.py", "x", cwd=tmp_path, **step, SLURM_STEP_IDX="") and "srun" not in said(
         python, "cli.py", "x", cwd=tmp_path, SLURM_STEP_ID="batch"
     )
+
+
+def test_another_command_is_started_as_this_one_was(tmp_path):
+    """By the installed one, which need not be on the PATH; in a batch job as `submit` was, or by what stands in the job's script."""
+    bin, script = tmp_path / "bin", tmp_path / "cli.py"
+    bin.mkdir()
+    for path, start in ((script, ""), (bin / "refdpo", f"#!{sys.executable}\n")):
+        path.write_text(start + SAY)
+        path.chmod(0o755)
+    path = {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for typed, environ, expected in (
+        (["refdpo"], path, ["refdpo"]),
+        (["bin/refdpo"], {}, ["bin/refdpo"]),
+        ([sys.executable, "-m", "cli"], path, [Path(sys.executable).name, "-m", "cli"]),
+        ([sys.executable, str(script)], {"REFDPO_COMMAND": "refdpo submit --dataset cli.py"} | path, ["refdpo"]),
+        (
+            [sys.executable, str(script)],
+            {"REFDPO_COMMAND": "sbatch slurm/train.sbatch --ref-store x"} | path,
+            [Path(sys.executable).name, "cli.py"],
+        ),
+    ):
+        found, _ = printed(*typed, "status", cwd=tmp_path, **environ)
+        assert found == [*expected, "inspect"], typed
 
 
 def test_a_recorded_command_is_only_printed_where_it_works(tmp_path, monkeypatch):
