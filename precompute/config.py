@@ -79,19 +79,22 @@ class StoreConfig(Source):
         )
 
 
+ScoreTurns = Annotated[
+    Literal["completion", "last", "all"],
+    Option(
+        "Which tokens are scored: completion, all that follows the common prompt, as in TRL; last, each side's last assistant turn, as for OLMo 3; "
+        "all, every assistant turn.",
+        STORE,
+        default="the preset's, or completion",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig(StoreConfig):
     """Phase 1. The fields of this class are about speed, but for the first: recorded, never compared."""
 
-    score_turns: Annotated[
-        Literal["completion", "last", "all"],
-        Option(
-            "Which tokens are scored: completion, all that follows the common prompt, as in TRL; last, each side's last assistant turn, as for OLMo 3; "
-            "all, every assistant turn.",
-            STORE,
-            default="the preset's, or completion",
-        ),
-    ] = "completion"
+    score_turns: ScoreTurns = "completion"
     layout: Annotated[Layout, Option("padded: plain batches, for models that packed refuses.", SPEED)] = "packed"
     attention_kernel: Annotated[
         AttentionKernel,
@@ -142,7 +145,7 @@ class PrecomputeConfig(StoreConfig):
     @property
     def scored_turns(self) -> ScoredTurns | None:
         """As the identity has it."""
-        return None if self.score_turns == "completion" else self.score_turns
+        return _scored_turns(self.score_turns)
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "PrecomputeConfig":
@@ -165,6 +168,7 @@ class AnalyzeConfig(Source):
     model: Annotated[
         str | None, Option("Folder or hub id, for its tokenizer; it is not loaded.", MODEL, default="the preset's")
     ] = None
+    score_turns: ScoreTurns = "completion"
     max_lengths: Annotated[
         tuple[int, ...], Option("Report on this length too; repeatable.", DATA, flags=("--max-length",), at_least=2)
     ] = MAX_LENGTHS
@@ -181,6 +185,11 @@ class AnalyzeConfig(Source):
     png: Annotated[Path | None, Option("File of the histogram.", OUTPUT, default="runs/analyze/NAME.png, as store/NAME")] = None
     json: Annotated[bool, Option("The numbers as JSON instead of text.", OUTPUT)] = False
     quiet: Annotated[bool, Option("No progress bar.", OUTPUT)] = False
+
+    @property
+    def scored_turns(self) -> ScoredTurns | None:
+        """As precompute's."""
+        return _scored_turns(self.score_turns)
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "AnalyzeConfig":
@@ -203,10 +212,15 @@ class AnalyzeConfig(Source):
         if preset is not None:
             refuse_other_template(preset, given.get("chat_template"))
         given["split"] = given["split"] or (preset.split if preset else "train")
+        given["score_turns"] = given["score_turns"] or (preset.score_turns if preset else "completion")
         max_lengths = {*MAX_LENGTHS, *given["max_lengths"], *([preset.max_length] if preset else [])}
         given |= {"max_lengths": tuple(sorted(max_lengths)), "dataset": preset.dataset if preset else dataset}
         given["png"] = given["png"] or default_histogram(dataset)
         return cls(name=dataset, **given)
+
+
+def _scored_turns(asked: str) -> ScoredTurns | None:
+    return None if asked == "completion" else asked
 
 
 def refuse_other_template(preset: Preset, chat_template: Path | None) -> None:

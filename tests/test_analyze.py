@@ -82,6 +82,33 @@ def test_counts_are_what_tokenizing_at_that_max_length_gives(dataset, tokenizer)
     )
 
 
+@pytest.mark.parametrize("which", ["last", "all"])
+def test_turns_are_counted_as_they_are_scored(tokenizer, tmp_path, which):
+    """The sides part early or late, and the turns that count begin long after that; found again by truncating and packing for real."""
+    rows = []
+    for i in range(20):
+        ask, shared = turn("user", "why " * (i % 5 + 1)), turn("assistant", "so " * i)
+        chosen = [ask, shared, ask, turn("assistant", "because " * (i % 7 + 1))]
+        rejected = [ask, turn("assistant", "no")] if i % 3 == 0 else [*chosen[:3], turn("assistant", "not " * (i + 1))]
+        rows.append({"chosen": chosen, "rejected": rejected})
+    found = analyze(config(write(tmp_path / "turns.jsonl", rows), tokenizer, score_turns=which, max_lengths=(24, 64, 200)))
+    assert found.at[0].lost > 0 and found.at[1].lost < found.at[0].lost  # not vacuous
+    for at in found.at:
+        truth = tokenize_rows(tiny.make_tokenizer(), rows, 0, at.max_length, which)
+        sequences = [sequence for pair in truth.pairs for sequence in pair.sequences]
+        assert at.unscorable == len(truth.unscorable)
+        assert (
+            at.chosen_truncated == truth.counts["chosen_truncated"] and at.rejected_truncated == truth.counts["rejected_truncated"]
+        )
+        assert at.tokens_unshared == sum(len(sequence.ids) for sequence in sequences)
+        assert at.tokens_packed == sum(len(batch.input_ids) for batch in pack(sequences, 100))
+    whole = tokenize_rows(tiny.make_tokenizer(), rows, 0, 1 << 30, which).pairs
+    assert found.quantiles["chosen, scored"]["max"] == max(int(pair.chosen_mask.sum()) for pair in whole)
+    assert found.quantiles["rejected, scored"]["p50"] == sorted(int(pair.rejected_mask.sum()) for pair in whole)[9]
+    text = describe(found, Rates(None, None, 1))
+    assert re.search(r"; scored: .* alone$", text.splitlines()[0]) and "rejected, scored" in text
+
+
 def test_cut_to_the_same_counts_pairs_that_differ_too_late(tokenizer, tmp_path):
     row = {side: [turn("user", "hi"), turn("assistant", "same " * 40 + side)] for side in ("chosen", "rejected")}
     found = analyze(config(write(tmp_path / "late.jsonl", [row]), tokenizer, max_lengths=(24, 512)))
@@ -178,6 +205,7 @@ def test_the_next_command_has_what_precompute_must_know_too(tokenizer, tmp_path)
         "split": "train",
         "limit": 5,
         "tokens_per_batch": 100,
+        "score_turns": "last",
         "system_column": "policy",
         "ignore_column": "question",
         **{f"{side}_column": side for side in ("prompt", "chosen", "rejected")},

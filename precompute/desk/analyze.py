@@ -27,6 +27,7 @@ from precompute.pairs import TokenizedRows, tokenize_rows
 from precompute.rows.dataset import load_rows
 from precompute.scorer.api import load_tokenizer
 from precompute.scorer.packing import common_prefix, plan
+from store import ScoredTurns
 from store.errors import InputError
 
 WHOLE = 1 << 30
@@ -54,7 +55,7 @@ class AtMaxLength:
     chosen_truncated: int
     rejected_truncated: int
     unscorable: int
-    """The prompt alone fills max_length, or the row has nothing to score at any."""
+    """No scored token of a side is within max_length, as where the prompt alone fills it, or the row has nothing to score at any."""
     lost: int
     """Of these, the pairs that a longer max_length would have."""
     cut_to_the_same: int
@@ -77,7 +78,8 @@ class Analysis:
     num_looked_at: int
     num_pairs: int
     quantiles: dict[str, dict[str, int]]
-    """prompt, chosen, rejected, longer side -> p50, p90, p95, p99, max; tokens. chosen and rejected without their prompt."""
+    """prompt, chosen, rejected, longer side -> p50, p90, p95, p99, max; tokens. chosen and rejected without their prompt; of a choice of turns what is
+    scored of them, too."""
     at: tuple[AtMaxLength, ...]
     formats: dict[str, int]
     counts: dict[str, int]
@@ -141,12 +143,16 @@ def _sampled(num_rows: int, sample: int | None) -> np.ndarray:
     return (np.arange(sample) * num_rows) // sample
 
 
+LENGTHS = ("prompt", "chosen", "rejected", "same", "first", "chosen_scored", "rejected_scored")
+"""Of a pair: tokens of its parts; that both full sequences begin with; before the first scored one, of the side that has more of them; scored ones."""
+
+
 @dataclass
 class _Block:
     """What a worker process sends back for one block of rows."""
 
     num_rows: int
-    lengths: np.ndarray  # int64 [pairs, 4]: prompt, chosen, rejected, tokens both full sequences begin with
+    lengths: np.ndarray  # int64 [pairs, 7]: LENGTHS
     tokens_packed: list[int]  # one per max_length
     formats: Counter
     counts: Counter
@@ -183,19 +189,25 @@ def _start_worker(work: tuple) -> None:
 def _measure_block(indices: np.ndarray) -> _Block:
     config, rows, tokenizer = _worker
     block_rows = rows.select(indices).to_list()
-    tokens, malformed = _tokenize(tokenizer, block_rows, indices)
+    tokens, malformed = _tokenize(tokenizer, block_rows, indices, config.scored_turns)
     full = [tuple(sequence.ids for sequence in pair.sequences) for pair in tokens.pairs]
+    scored = [tuple(sequence.scored for sequence in pair.sequences) for pair in tokens.pairs]
     lengths = [
-        (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids), common_prefix(*both))
-        for pair, both in zip(tokens.pairs, full, strict=True)
+        (
+            *(len(part) for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)),
+            common_prefix(*both),
+            max(int(places[0]) for places in counted),
+            *map(len, counted),
+        )
+        for pair, both, counted in zip(tokens.pairs, full, scored, strict=True)
     ]
-    lengths = np.array(lengths, np.int64).reshape(-1, 4)
+    lengths = np.array(lengths, np.int64).reshape(-1, len(LENGTHS))
     packed = []
     for max_length in config.max_lengths:
         ids = [
             side[:max_length]
-            for pair, both in zip(tokens.pairs, full, strict=True)
-            if len(pair.prompt_ids) < max_length
+            for before, both in zip(lengths[:, LENGTHS.index("first")], full, strict=True)
+            if before < max_length
             for side in both
         ]
         packed.append(sum(len(ids[index]) - 1 - shared for batch in plan(ids, config.tokens_per_batch) for index, shared in batch))
@@ -212,18 +224,20 @@ def _measure_block(indices: np.ndarray) -> _Block:
     )
 
 
-def _tokenize(tokenizer, rows: list[dict], indices: np.ndarray) -> tuple[TokenizedRows, list[tuple[int, str]]]:
+def _tokenize(
+    tokenizer, rows: list[dict], indices: np.ndarray, scored_turns: ScoredTurns | None
+) -> tuple[TokenizedRows, list[tuple[int, str]]]:
     """The rows, tokenized whole. A malformed row stops precompute; here it is set aside with its message, and the others go on."""
     consecutive = len(indices) > 0 and indices[-1] - indices[0] == len(indices) - 1
     if consecutive:
         try:
-            return tokenize_rows(tokenizer, rows, int(indices[0]), WHOLE), []
+            return tokenize_rows(tokenizer, rows, int(indices[0]), WHOLE, scored_turns), []
         except InputError:
             pass
     result, malformed = TokenizedRows(), []
     for index, row in zip(indices.tolist(), rows, strict=True):
         try:
-            one = _tokenize_row(tokenizer, row, index)
+            one = _tokenize_row(tokenizer, row, index, scored_turns)
         except InputError as error:
             malformed.append((index, str(error)))
             continue
@@ -234,11 +248,11 @@ def _tokenize(tokenizer, rows: list[dict], indices: np.ndarray) -> tuple[Tokeniz
     return result, malformed
 
 
-def _tokenize_row(tokenizer, row: dict, index: int) -> TokenizedRows:
+def _tokenize_row(tokenizer, row: dict, index: int, scored_turns: ScoredTurns | None) -> TokenizedRows:
     for name in ("chosen", "rejected"):
         if not row[name] and row[name] != "":
             raise InputError(f"`{name}` is {'null' if row[name] is None else 'an empty list of turns'}", where=f"row {index}")
-    return tokenize_rows(tokenizer, [row], index, WHOLE)
+    return tokenize_rows(tokenizer, [row], index, WHOLE, scored_turns)
 
 
 def traits(row: dict) -> list[str]:
@@ -290,7 +304,7 @@ def _add_up(config: AnalyzeConfig, num_rows: int, blocks: list[_Block]) -> Analy
         num_rows=num_rows,
         num_looked_at=sum(block.num_rows for block in blocks),
         num_pairs=len(lengths),
-        quantiles=_quantiles(lengths),
+        quantiles=_quantiles(lengths, QUANTILES | (QUANTILES_OF_TURNS if config.scored_turns else {})),
         at=at,
         formats=dict(formats.most_common()),
         counts=dict(counts.most_common()),
@@ -306,39 +320,35 @@ def _add_up(config: AnalyzeConfig, num_rows: int, blocks: list[_Block]) -> Analy
 AT_MAX_LENGTH = """
 select
     avg((prompt + greatest(chosen, rejected) <= $max_length)::int) as fits,
-    count(*) filter (prompt < $max_length and prompt + chosen > $max_length) as chosen_truncated,
-    count(*) filter (prompt < $max_length and prompt + rejected > $max_length) as rejected_truncated,
-    count(*) filter (prompt >= $max_length) + $never as unscorable,
-    count(*) filter (prompt >= $max_length) as lost,
-    count(*) filter (prompt < $max_length and same >= $max_length) as cut_to_the_same,
+    count(*) filter (first < $max_length and prompt + chosen > $max_length) as chosen_truncated,
+    count(*) filter (first < $max_length and prompt + rejected > $max_length) as rejected_truncated,
+    count(*) filter (first >= $max_length) + $never as unscorable,
+    count(*) filter (first >= $max_length) as lost,
+    count(*) filter (first < $max_length and same >= $max_length) as cut_to_the_same,
     coalesce(sum(least(prompt + chosen, $max_length) + least(prompt + rejected, $max_length))
-        filter (prompt < $max_length), 0)::bigint as tokens_unshared,
-    coalesce(sum(2 * least(prompt + greatest(chosen, rejected), $max_length)) filter (prompt < $max_length), 0)::bigint as tokens_padded
+        filter (first < $max_length), 0)::bigint as tokens_unshared,
+    coalesce(sum(2 * least(prompt + greatest(chosen, rejected), $max_length)) filter (first < $max_length), 0)::bigint as tokens_padded
 from pairs
 """
 
-QUANTILES = """
-select unnest(['prompt', 'chosen', 'rejected', 'longer side']) as part, unnest([
-    quantile_disc(prompt, [0.5, 0.9, 0.95, 0.99, 1]), quantile_disc(chosen, [0.5, 0.9, 0.95, 0.99, 1]),
-    quantile_disc(rejected, [0.5, 0.9, 0.95, 0.99, 1]),
-    quantile_disc(prompt + greatest(chosen, rejected), [0.5, 0.9, 0.95, 0.99, 1])]) as at
-from pairs
-"""
+QUANTILES = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "longer side": "prompt + greatest(chosen, rejected)"}
+
+QUANTILES_OF_TURNS = {"chosen, scored": "chosen_scored", "rejected, scored": "rejected_scored"}
 
 
 def _query(lengths: np.ndarray, sql: str, values: dict) -> list[dict]:
     with duckdb.connect() as connection:
-        connection.register("pairs", pa.table(dict(zip(("prompt", "chosen", "rejected", "same"), lengths.T.copy(), strict=True))))
+        connection.register("pairs", pa.table(dict(zip(LENGTHS, lengths.T.copy(), strict=True))))
         cursor = connection.execute(sql, values)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
-def _quantiles(lengths: np.ndarray) -> dict[str, dict[str, int]]:
-    return {
-        row["part"]: dict(zip(("p50", "p90", "p95", "p99", "max"), row["at"], strict=True))
-        for row in _query(lengths, QUANTILES, {})
-    }
+def _quantiles(lengths: np.ndarray, parts: dict[str, str]) -> dict[str, dict[str, int]]:
+    """`parts`: what each is called -> SQL."""
+    asked = ", ".join(f"quantile_disc({sql}, [0.5, 0.9, 0.95, 0.99, 1])" for sql in parts.values())
+    found = _query(lengths, f"select [{asked}] as at from pairs", {})[0]["at"]
+    return {part: dict(zip(("p50", "p90", "p95", "p99", "max"), at, strict=True)) for part, at in zip(parts, found, strict=True)}
 
 
 def _at_each(config: AnalyzeConfig, lengths: np.ndarray, packed: list[int], never: int) -> tuple[AtMaxLength, ...]:

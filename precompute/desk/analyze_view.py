@@ -12,6 +12,7 @@ from store.command import cli
 from store.errors import InputError
 from store.report_pictures import log_scale
 from store.schema import COUNTS
+from store.spans import TURNS
 
 BAR = 48  # columns of the longest bar
 SHOWN = 3  # malformed rows listed
@@ -56,7 +57,9 @@ def _head(analysis: Analysis) -> list[str]:
         if analysis.num_looked_at < analysis.num_rows
         else f"{analysis.num_rows:,} rows"
     )
-    return [f"{analysis.config.name}: {looked}; {analysis.num_pairs:,} pairs; tokenizer {analysis.config.tokenizer}"]
+    turns = TURNS.get(analysis.config.scored_turns or "")
+    scored = "" if turns is None else f"; scored: {turns} alone"
+    return [f"{analysis.config.name}: {looked}; {analysis.num_pairs:,} pairs; tokenizer {analysis.config.tokenizer}{scored}"]
 
 
 def _lengths(analysis: Analysis) -> list[str]:
@@ -82,7 +85,7 @@ def _table(analysis: Analysis, rates: Rates) -> list[str]:
         hours = "".join(f"{_time(each):>10}" for each in rates.hours(analysis, at)) if timed else ""
         lines.append("".join(f"{cell:>13}" for cell in cells) + hours)
     lines.append(
-        "  fits: both sides whole; no pair: the prompt alone fills it, or nothing to score; same: both sides equal once cut; saved: prefixes computed once"
+        "  fits: both sides whole; no pair: the prompt alone fills it, or nothing to score within; same: both sides equal once cut; saved: prefixes computed once"
     )
     if timed:
         assumed = (
