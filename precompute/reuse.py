@@ -1,4 +1,4 @@
-"""What other stores already know: the log-probs of rows that did not change when the dataset was mended, extended, mixed or cut.
+"""What other stores already know: the log-probs of rows that did not change when the dataset was corrected, extended, mixed or cut.
 
 A pair is taken over if another store has one of the same content (`pair_id`) whose token ids begin with those wanted now, and was made with the
 same model, tokenizer, template and dtype: then scoring it again would give the same numbers, up to the noise of other batches. A token's log-prob
@@ -151,7 +151,7 @@ class Known:
                 yield pair["row"], Scored(np.array(prompt + ids, dtype=np.int32), len(prompt), mask), known
 
     def _table(self, shard: int) -> pa.Table:
-        """Neighbours stay neighbours in most mended files: the last shard is kept open."""
+        """Neighbours stay neighbours in most corrected files: the last shard is kept open."""
         if self._opened is None or self._opened[0] != shard:
             self._opened = shard, pq.read_table(self.store / part_name(shard), columns=["row", *IDS, *LOGPS])
         return self._opened[1]

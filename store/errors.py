@@ -2,7 +2,7 @@
 
 
 class RefdpoError(Exception):
-    """Something the user can cause and mend. The command line prints it as one `Error:` line and exits with `exit_code`.
+    """Something the user can cause and correct. The command line prints it as one `Error:` line and exits with `exit_code`.
 
     `what` is a sentence without a final stop; the other three parts are optional where they would say nothing.
     `exit_code` is 2 when the command was asked for something impossible (bad option, bad input) and 1 when the world failed it.

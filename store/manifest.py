@@ -504,7 +504,7 @@ def _remedy(stored: Identity, now: Identity, names: list[str], then: Command | N
 
 
 def _changed_under_its_name(stored: Identity, now: Identity, names: list[str]) -> dict[str, str]:
-    """The causes that no option can mend, as the name is the same, and what is said about them."""
+    """The causes that no option can change, as the name is the same, and what is said about them."""
     model, rows = (
         f"The weights behind {now.model} have changed since: pin a --revision.",
         f"The rows of {now.dataset} have changed since.",

@@ -69,7 +69,7 @@ def _no_pairs(store: Path, totals: Totals) -> InputError:
         f"0 pairs of {len(totals.unscorable):,} rows can be scored",
         where=store,
         found=f"{count:,} times: {reason}",
-        next="Nothing was sealed. Choose a longer --max-length or mend the dataset, and another --ref-store.",
+        next="Nothing was sealed. Choose a longer --max-length or correct the dataset, and another --ref-store.",
     )
 
 

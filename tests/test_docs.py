@@ -207,6 +207,15 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(found), target
 
 
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_of_the_code_that_a_page_names_exist(page):
+    named = re.findall(
+        r"(?<![\w/])((?:precompute|store|train|tests|slurm|docs|benchmarks|demo)/[\w/]+\.(?:py|cpp|sbatch|sh|jsonl|jinja))\b",
+        page.read_text(encoding="utf-8"),
+    )
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_drawings_are_what_the_script_draws():
     drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))["DRAWINGS"]
     found = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "docs" / "pictures").glob("*.svg")}

@@ -120,7 +120,7 @@ def _rows(analysis: Analysis) -> list[str]:
         lines.append(f"  {count:>9,}  {title}" + (f": {analysis.examples[name]}"[:100] if name in analysis.examples else ""))
     lines += [f"  {count:>9,}  cannot be scored: {reason}" for reason, count in analysis.unscorable.items()]
     if analysis.malformed:
-        lines.append(f"  {len(analysis.malformed):>9,}  malformed: precompute refuses the dataset until they are mended")
+        lines.append(f"  {len(analysis.malformed):>9,}  malformed: precompute refuses the dataset until they are corrected")
         lines += [f"             {line}" for line in analysis.malformed[:SHOWN]]
     return lines
 

@@ -1,6 +1,6 @@
 """What `--dataset` names -> preference rows, checked as a whole before anything is scored, and their content fingerprint.
 
-Checking first matters: a malformed row found after hours would have to be mended in the source, which changes the dataset's fingerprint and
+Checking first matters: a malformed row found after hours would have to be corrected in the source, which changes the dataset's fingerprint and
 with it the identity of everything scored so far.
 """
 
