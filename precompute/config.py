@@ -193,7 +193,7 @@ class AnalyzeConfig(Source):
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "AnalyzeConfig":
-        """From what was given, completed by the preset."""
+        """From what was given, completed by the preset. InputError for what neither says."""
         dataset, preset = given["dataset"], PRESETS.get(given["dataset"])
         given = dict(given)
         given["tokenizer"] = given["tokenizer"] or given["model"]

@@ -58,6 +58,7 @@ class TokenizedRows:
     examples: dict[str, str] = field(default_factory=dict)
 
     def note(self, what: str, row: int, example: str) -> None:
+        """Count `what`, a name in store.schema.COUNTS; the first example is kept."""
         self.counts[what] += 1
         self.examples.setdefault(what, f"row {row}: {example}")
 

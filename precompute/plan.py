@@ -70,6 +70,6 @@ def _text_bytes(values: pa.Array) -> np.ndarray:
 
 
 def claiming_order(costs: np.ndarray, missing: Collection[int], place: int, places: int) -> list[int]:
-    """The missing shards in the order in which worker `place` of `places` asks for them."""
-    dearest_first, wanted = np.argsort(-costs, kind="stable").tolist(), set(missing)
-    return [shard for shard in dict.fromkeys(dearest_first[place::places] + dearest_first) if shard in wanted]
+    """The missing shards in the order in which worker `place` of `places` asks for them. `costs`: float64 [shards]."""
+    by_cost, wanted = np.argsort(-costs, kind="stable").tolist(), set(missing)
+    return [shard for shard in dict.fromkeys(by_cost[place::places] + by_cost) if shard in wanted]

@@ -66,17 +66,20 @@ class Progress:
         return waited
 
     def batch_done(self, num_model_tokens: int) -> None:
+        """The model has computed so many positions more of the shard at hand."""
         self.active = time.monotonic()
         self.partial += num_model_tokens
         if self.active - self.shown > SECONDS_BETWEEN_LINES[self.terminal]:
             self._say()
 
     def shard_done(self, report: ShardReport) -> None:
+        """A shard of this worker is scored."""
         self.partial -= report.model_tokens  # from now on it counts as finished, as soon as it is on disk
         if self.terminal:
             self._say()
 
     def close(self) -> None:
+        """The last line."""
         self._say(final=True)
 
     def state(self) -> dict:

@@ -17,7 +17,8 @@ from store.manifest import Manifest, manifest_path
 
 
 def start(config: PrecomputeConfig, num_workers: int | None) -> None:
-    """Phase 1 with `num_workers` local processes, or as the one that a launcher made this. Ends the process where it started others."""
+    """Phase 1 with `num_workers` local processes, or as the one that a launcher made this. Ends the process where it started
+    others. Raises what `worker.run` raises."""
     try:
         _start(config, num_workers)
     except KeyboardInterrupt:
@@ -41,7 +42,7 @@ def _start(config: PrecomputeConfig, num_workers: int | None) -> None:
 
 
 def end(path: Path, code: int, show: str = "text") -> NoReturn:
-    """Say what phase 1 made and what to type next; exit with `code` if it is not finished."""
+    """Say what phase 1 made and what to type next; exit with `code`. RefdpoError where a shard is missing all the same."""
     if code == 0:
         if not manifest_path(path).exists():
             raise RefdpoError("not every shard is done", where=path, next=f"Run the same command again to go on: {again()}")

@@ -53,6 +53,7 @@ class Command:
         return cls(typed(), os.getcwd(), str(ref_store), limit, template, shard_size, columns or None)
 
     def to_json(self) -> dict:
+        """For the records of a store."""
         return asdict(self) | {"words": list(self.words)}
 
     def line(self, store: Path) -> str | None:

@@ -48,7 +48,7 @@ def publish(staged: Path, final: Path) -> bool:
     """Give a staged file its final name, unless that name is taken: then the staged file is dropped and False returned.
 
     A hard link is the atomic "rename, but never over another file". File systems without links (some FUSE mounts) get a plain
-    rename, where two writers at the same instant are both successful and the later one stays.
+    rename, where two writers at the same instant are both successful and the later one stays. Raises OSError where the disk refuses.
     """
     try:
         os.link(staged, final)

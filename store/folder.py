@@ -53,7 +53,7 @@ def prepare_store(store: Path, identity: Identity, command: Command | None = Non
 
 
 def stored_identity(store: Path) -> Identity | None:
-    """The identity of a store, sealed or not; None if the folder holds nothing yet."""
+    """The identity of a store, sealed or not; None if the folder holds nothing yet. StoreError where its record is damaged."""
     if manifest_path(store).exists():
         return Manifest.load(manifest_path(store)).identity
     note = store / disk.STAGING / IDENTITY_NOTE

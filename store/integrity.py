@@ -18,7 +18,8 @@ Check = Literal["none", "footers", "sha256"]
 
 
 def damage(store: Path, manifest: Manifest, check: Check) -> list[StoreError]:
-    """Everything found wrong with the files of a sealed store, in the order of shards; empty when it is intact."""
+    """Everything found wrong with the files of a sealed store, in the order of shards; empty when it is intact. `check` as in
+    `open_store`; ValueError for another word."""
     if check not in ("none", "footers", "sha256"):
         raise ValueError(f"check must be none, footers or sha256, is {check!r}")
     found = _listing(store, manifest)

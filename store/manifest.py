@@ -105,6 +105,7 @@ class Identity:
 
     @property
     def num_shards(self) -> int:
+        """Of a whole store: every row belongs to one."""
         return -(-self.num_rows // self.shard_size)
 
     def rows_of(self, shard: int) -> range:

@@ -76,10 +76,12 @@ class Store:
 
     @property
     def identity(self) -> Identity:
+        """What the store was made of: model, tokenizer, dataset, lengths."""
         return self.manifest.identity
 
     @property
     def num_pairs(self) -> int:
+        """Scored pairs: positions are below it."""
         return self.manifest.num_pairs
 
     @cached_property

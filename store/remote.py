@@ -38,6 +38,7 @@ CARD = "README.md"
 
 
 def is_url(text: str) -> bool:
+    """Whether this names a place that fsspec reaches, rather than a path or a repository on the Hub."""
     return "://" in text
 
 

@@ -81,6 +81,7 @@ class SourceColumn:
 
     @property
     def field(self) -> pa.Field:
+        """Of the store's table."""
         return pa.field(self.name, SOURCE_TYPES[self.type])
 
 

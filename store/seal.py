@@ -74,6 +74,7 @@ def _no_pairs(store: Path, totals: Totals) -> InputError:
 
 
 def sha256_of(path: Path) -> str:
+    """Of a file's bytes, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

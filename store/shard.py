@@ -56,6 +56,7 @@ def in_stretches(work: Callable[[Sequence], Any], shards: Sequence) -> list:
 
 
 def part_name(index: int) -> str:
+    """The name under which shard `index` is complete."""
     return f"part-{index:05d}.parquet"
 
 

@@ -29,6 +29,7 @@ class Shape:
 
     @property
     def pairs(self) -> int:
+        """Of one optimizer step, over all ranks."""
         return self.micro_batch * self.world * self.steps
 
 
@@ -47,6 +48,7 @@ class BalancedSampler(Sampler[int]):
         return len(self.tokens)
 
     def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch, from 0 on."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -64,7 +66,8 @@ def shuffled(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def deal(pairs: np.ndarray, tokens: np.ndarray, shape: Shape) -> np.ndarray:
-    """The same pairs, in the order micro-step, rank, pair: similar ones share a micro-step, and its ranks get even sums.
+    """The same `pairs`, int64 [pairs], in the order micro-step, rank, pair: similar ones share a micro-step, and its ranks get even sums of `tokens`,
+    int [pairs].
 
     Largest first to the rank with the least so far that has room (Graham's LPT with a capacity).
     """
@@ -82,14 +85,17 @@ def deal(pairs: np.ndarray, tokens: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def deal_whole(pairs: np.ndarray, tokens: np.ndarray, shape: Shape) -> np.ndarray:
-    """As `deal`, with the micro-batches of `pairs` as they are: those of like sums share a micro-step."""
+    """As `deal`, with the micro-batches of `pairs` as they are: those of like sums share a micro-step. int64 [pairs]."""
     micro_batches = pairs.reshape(-1, shape.micro_batch)
     sums = tokens.reshape(micro_batches.shape).sum(axis=1)
     return micro_batches[deal(np.arange(len(sums)), sums, Shape(1, shape.world, shape.steps))].reshape(-1)
 
 
 def imbalance(order: np.ndarray, tokens: np.ndarray, shape: Shape) -> float:
-    """Share of the ranks' time lost to waiting: 1 - (mean tokens of a rank) / (tokens of the slowest), over all complete micro-steps."""
+    """Share of the ranks' time lost to waiting: 1 - (mean tokens of a rank) / (tokens of the slowest), over all complete micro-steps.
+
+    `order`: int64 [pairs], as `deal` gives them; `tokens`: int [pairs of the dataset].
+    """
     together = shape.world * shape.micro_batch
     complete = order[: len(order) // together * together]
     if not len(complete):

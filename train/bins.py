@@ -46,7 +46,7 @@ def deal_into_bins(tokens: np.ndarray, num_bins: int) -> list[list[int]]:
 
 
 def num_micro_steps(tokens: np.ndarray, world: int, budget: int) -> int:
-    """The least with which these pairs, dealt to `world` ranks, exceed `budget` tokens in no bin but those of a single pair."""
+    """The least with which these pairs, of `tokens` int [pairs], dealt to `world` ranks, exceed `budget` tokens in no bin but those of a single pair."""
     steps = max(1, math.ceil(int(tokens.sum()) / (budget * world)))
     while any(
         len(each) > 1 and sum(int(tokens[index]) for index in each) > budget for each in deal_into_bins(tokens, steps * world)
@@ -56,7 +56,7 @@ def num_micro_steps(tokens: np.ndarray, world: int, budget: int) -> int:
 
 
 def within(tokens: np.ndarray, budget: int) -> list[list[int]]:
-    """Consecutive indices of `tokens` in lists of at most `budget` tokens; one with more is alone."""
+    """Consecutive indices of `tokens`, int [pairs], in lists of at most `budget` tokens; one with more is alone."""
     lists: list[list[int]] = []
     used = budget
     for index, of_pair in enumerate(tokens.tolist()):

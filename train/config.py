@@ -282,6 +282,7 @@ class TrainConfig:
 
     @property
     def evaluates(self) -> bool:
+        """Is there anything to evaluate on?"""
         return self.eval_ref_store is not None or self.eval_fraction is not None
 
     @property

@@ -83,17 +83,17 @@ class Lengths:
 
     @property
     def packed(self) -> np.ndarray:
-        """What the packed layout computes of each pair: the prompt once."""
+        """Tokens that the packed layout computes of each pair, int32 [pairs]: the prompt once."""
         return self.prompt + self.chosen + self.rejected
 
     @property
     def both(self) -> np.ndarray:
-        """Tokens of both sequences: the prompt twice."""
+        """Tokens of both sequences, int32 [pairs]: the prompt twice."""
         return self.packed + self.prompt
 
     @property
     def longer(self) -> np.ndarray:
-        """Tokens of the longer side, prompt included."""
+        """Tokens of the longer side, prompt included, int32 [pairs]."""
         return self.prompt + np.maximum(self.chosen, self.rejected)
 
     @property

@@ -55,10 +55,12 @@ class GateReport:
 
     @property
     def within_tolerance(self) -> bool:
+        """Are the log-probs those of the store, but for rounding?"""
         return self.rescored is not None and self.rescored.mean_token_difference <= self.tolerance  # false for NaN
 
     @property
     def different(self) -> bool:
+        """Is the policy another model than the reference, by its files or by its numbers?"""
         return bool(self.differences) or not self.within_tolerance
 
     def __str__(self) -> str:

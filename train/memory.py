@@ -52,6 +52,7 @@ class Cost:
     constant: float
 
     def of(self, units: float) -> float:
+        """Bytes of so many units."""
         return self.constant + self.per_unit * units
 
     @classmethod

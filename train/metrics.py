@@ -44,6 +44,7 @@ class OfTokens:
         return OfTokens(self.values[: self.num_chosen], self.num_chosen), OfTokens(self.values[self.num_chosen :], 0)
 
     def sum(self) -> torch.Tensor:
+        """Of all values, a scalar in their dtype."""
         return self.values.sum()
 
 
@@ -55,7 +56,7 @@ class Sums:
         self.kept: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {}
 
     def add(self, name: str, total: torch.Tensor | float, weight: torch.Tensor | float) -> None:
-        """`total`: a sum over `weight` pairs or tokens, on the device if it was computed there."""
+        """`total`: a sum over `weight` pairs or tokens, a number or a scalar tensor, on the device if it was computed there."""
         before = self.kept.get(name, (0.0, 0.0))
         total, weight = (each.detach().double() if torch.is_tensor(each) else each for each in (total, weight))
         self.kept[name] = before[0] + total, before[1] + weight

@@ -33,7 +33,10 @@ def refuse_abandoned_build() -> None:
 
 
 def join(process: Process) -> None:
-    """Give torch.distributed the environment it reads, where the launcher is srun or nobody. DeepSpeed wants it even for one process."""
+    """Give torch.distributed the environment it reads, where the launcher is srun or nobody. DeepSpeed wants it even for one process.
+
+    InputError where several machines do not know where rank 0 is.
+    """
     environ = os.environ
     environ |= {"RANK": str(process.rank), "WORLD_SIZE": str(process.world), "LOCAL_RANK": str(process.local_rank)}
     if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:

@@ -80,6 +80,7 @@ def started(config: TrainConfig, identity: Identity, policy: dict, max_length: i
 
 
 def now() -> str:
+    """UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -225,7 +226,7 @@ def compare_with_started(checkpoint: Path, now: dict) -> None:
 
 
 def compare_with_run(folder: Path, now: dict) -> None:
-    """The same for the run whose record is in `folder`, finished or not."""
+    """The same for the run whose record is in `folder`, finished or not. InputError where it has none that can be read, too."""
     path = folder / NAME
     try:
         then = json.loads(path.read_text(encoding="utf-8"))

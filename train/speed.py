@@ -42,6 +42,7 @@ class Counted:
     """`packed_tokens` of each."""
 
     def add(self, other: "Counted") -> None:
+        """`other` counts from now on as part of this."""
         for name in ("tokens", "packed_tokens", "padded_tokens", "pairs", "flops"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for phase, seconds in other.seconds.items():

@@ -64,7 +64,10 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
 def start(
     config: TrainConfig, num_processes: int | None, resume_or_start: bool, overwrite: bool = False, options: str | None = None
 ) -> None:
-    """Phase 2 with `num_processes` local ranks, or as the rank that a launcher made this. `options`: the file that --config names."""
+    """Phase 2 with `num_processes` local ranks, or as the rank that a launcher made this. `options`: the file that --config names.
+
+    Raises what `plan` and `train.run.train` raise; ends the process where it started others.
+    """
     process = launch.launched()
     if overwrite and (config.resume or resume_or_start):
         raise InputError("one of the two", where="--overwrite, --resume", next="Start again, or go on.")

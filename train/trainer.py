@@ -241,6 +241,7 @@ class StoreDPOTrainer(DPOTrainer):
 
     @cached_property
     def num_weights(self) -> int:
+        """Parameters but those of the embeddings, for transformers' count of operations."""
         return self.model.num_parameters(exclude_embeddings=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

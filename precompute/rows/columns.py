@@ -185,7 +185,7 @@ def source_type(type_: pa.DataType) -> str | None:
 
 
 def has_content(values: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether any value says something: not null, not an empty text or list."""
+    """Whether any of these values, of any type, says something: not null, not an empty text or list."""
     type_ = values.type
     if pa.types.is_null(type_):
         return False

@@ -75,7 +75,7 @@ class PackedLayout:
         return kernels.Paths(self.branches)
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PackedLayout":
-        """Every tensor as `move` gives it: pinned, or on another device."""
+        """Every index tensor (int32 and int64) as `move` gives it: pinned, or on another device."""
         other = copy.copy(self)
         other.cu_queries = move(self.cu_queries)
         other.cu_keys = other.cu_queries if self.cu_keys is self.cu_queries else move(self.cu_keys)
@@ -106,7 +106,7 @@ class PackedRow:
         return cls(ids, positions, PackedLayout(batch.branches, torch.device(device)))
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PackedRow":
-        """Every tensor as `move` gives it."""
+        """Every tensor as `move` gives it, dtypes and shapes as they are."""
         return PackedRow(move(self.input_ids), move(self.position_ids), self.layout.moved(move))
 
 

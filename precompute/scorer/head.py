@@ -24,7 +24,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, products: torch.Tensor) -> torch.Tensor:
-        """products -> logits, in place, in their dtype."""
+        """products [..., V] -> logits [..., V], in place, in their dtype."""
         if self.scale != 1.0:
             products *= self.scale
         if self.softcap is not None:

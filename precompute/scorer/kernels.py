@@ -54,7 +54,7 @@ def packed_attention(
     """query [1, H, T, D], key and value [1, Hkv, T, D], float32, channels side by side in memory -> [1, T, H, D].
 
     A token of a branch sees its path up to itself: the branch's context and the branch; of these the last `window` at most.
-    `scaling` is 1 / sqrt(D) unless given.
+    `scaling` is 1 / sqrt(D) unless given. ValueError for other shapes.
     """
     _, num_heads, num_tokens, head_dim = query.shape
     num_kv_heads = key.shape[1]

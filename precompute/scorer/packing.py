@@ -45,6 +45,7 @@ class Sequence:
 
     @property
     def num_scored(self) -> int:
+        """Tokens that get a log-prob."""
         return len(self.ids) - self.num_prompt if self.mask is None else int(np.count_nonzero(self.mask))
 
 
@@ -71,6 +72,7 @@ class Branch:
 
     @property
     def num_context(self) -> int:
+        """Tokens that each token of the branch sees before the branch."""
         return sum(stop - start for start, stop in self.context)
 
 
@@ -133,7 +135,7 @@ def _plan(ids: list[np.ndarray], tokens_per_batch: int) -> Iterator[list[tuple[i
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Number of leading tokens that two id arrays have in common."""
+    """Number of leading tokens that two id arrays, int [tokens] each, have in common."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length

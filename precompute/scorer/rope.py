@@ -34,7 +34,7 @@ def together(model: PreTrainedModel, sequences: list[Sequence]) -> list[Group]:
 
 
 def refuse_mixed(model: PreTrainedModel, lengths: np.ndarray) -> None:
-    """InputError where sequences of these lengths cannot be in one padded batch without changing each other: `longrope` takes the longest's."""
+    """InputError where sequences of these `lengths`, int [sequences], cannot be in one padded batch without changing each other: `longrope` takes the longest's."""
     for kind, edge in _kinds(model):
         if kind == "longrope" and lengths.min(initial=edge) <= edge < lengths.max(initial=0):
             raise InputError(

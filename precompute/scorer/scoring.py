@@ -166,7 +166,8 @@ def _padded_batches(sequences: list[Sequence], tokens_per_batch: int) -> Iterato
 
 @torch.inference_mode()
 def score_padded(model: PreTrainedModel, sequences: list[Sequence]) -> list[np.ndarray]:
-    """Log-probs of the completions from one plain right-padded forward; nothing shared with `packed` but the model."""
+    """Log-probs of the completions, in nats, float32 [num_scored] each, from one plain right-padded forward; nothing shared with `packed` but the
+    model."""
     longest = max(len(sequence.ids) for sequence in sequences)
     input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
