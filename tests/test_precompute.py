@@ -99,9 +99,11 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_worker(rows, tiny_olmo3, tmp_path_factory) -> Path:
-    """The undisturbed store of one worker."""
+    """The undisturbed store of one worker, this process."""
     store = tmp_path_factory.mktemp("stores") / "one"
-    out, _ = finish(start(command(rows, tiny_olmo3, store)))
+    result = CliRunner().invoke(cli.main, command(rows, tiny_olmo3, store)[2:])
+    assert result.exit_code == 0, result.output
+    out = result.stdout
     assert f"{store} is sealed: 64 pairs of 70 rows in 18 shards" in out
     assert "6 rows could not be scored" in out and "row 6: the prompt alone has" in out
     return store
@@ -130,7 +132,7 @@ def test_three_workers_write_the_same_bytes(one_worker, rows, tiny_olmo3, tmp_pa
 
 
 def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, tiny_olmo3, tmp_path):
-    """SIGKILL the whole group of two workers half-way, then go on with three: nothing is lost, nothing differs."""
+    """SIGKILL the whole group of two workers half-way, then go on with two others: nothing is lost, nothing differs."""
     store = tmp_path / "killed"
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with shard_held(store, 11):
@@ -149,7 +151,7 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
         victim.wait()
     done = len(shard_bytes(store))
     assert 5 <= done < 18 and not (store / "_manifest.json").exists()
-    _, err = finish(start(command(rows, tiny_olmo3, store, "--num-workers", "3")))
+    _, err = finish(start(command(rows, tiny_olmo3, store, "--num-workers", "2")))
     assert "rows are done, going on" in err
     assert shard_bytes(store) == shard_bytes(one_worker)
     assert verify(store) == []
