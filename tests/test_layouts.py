@@ -614,3 +614,65 @@ def test_files_that_would_be_passed_over_are_named(tmp_path):
     (tmp_path / "none" / "README.md").write_text("# x")
     with pytest.raises(InputError, match=r"holds no dataset.*found README\.md"):
         load(tmp_path / "none")
+
+
+def table_of(heading: str) -> list[list[str]]:
+    lines = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+
+
+def test_a_set_that_is_no_pairs_is_told_what_it_is(tmp_path):
+    for name, columns, advice in table_of("Sets that are no pairs"):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", [{column: "x" for column in re.findall(r"`(.*?)`", columns)}])
+        with pytest.raises(InputError, match="no column chosen and rejected") as refused:
+            load(file)
+        assert f" {advice} See docs/data.md." in str(refused.value)
+    named = write_jsonl(tmp_path / "named.jsonl", [{"question": "q", "response_j": "a", "response_k": "b"}])
+    with pytest.raises(
+        InputError, match="Perhaps: --prompt-column question --chosen-column response_j --rejected-column response_k"
+    ):
+        load(named)
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "words"), [("a.csv", ";", "semicolons"), ("a.csv", "\t", "call it .tsv"), ("a.tsv", ",", "call it .csv")]
+)
+def test_a_table_with_another_delimiter_is_told_which(tmp_path, name, mark, words):
+    (tmp_path / name).write_text(f"prompt{mark}chosen{mark}rejected\nq{mark}a{mark}b\n")
+    with pytest.raises(InputError, match=f"no column chosen.*Its cells seem to be separated by .*{words}"):
+        load(tmp_path / name)
+
+
+def test_what_a_readme_says_of_reading_its_files_is_not_passed_over(tmp_path):
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: {}\n  {}\n---\n"
+    for option, found in (
+        ('sep: ";"', "sep: ';'"),
+        ('delimiter: ";"', "sep: ';'"),
+        ("names: [prompt, chosen, rejected]", "names: "),
+    ):
+        (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+        (tmp_path / "README.md").write_text(readme.format("pairs.csv", option))
+        with pytest.raises(InputError, match=f"options of its README.*not followed; found {found}"):
+            load(tmp_path)
+    (tmp_path / "pairs.csv").rename(tmp_path / "pairs.tsv")
+    (tmp_path / "pairs.tsv").write_text("prompt\tchosen\trejected\nq\ta\tb\n")
+    (tmp_path / "README.md").write_text(readme.format("pairs.tsv", 'sep: "\\t"'))
+    assert len(load(tmp_path)) == 1
+
+
+def test_split_all_is_every_split(tmp_path):
+    one = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    write_jsonl(tmp_path / "files" / "train.jsonl", [one, one])
+    write_jsonl(tmp_path / "files" / "test.jsonl", [one])
+    rows = datasets.Dataset.from_list([one, one])
+    datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "saved")
+    rows.save_to_disk(tmp_path / "alone")
+    for folder, num_rows in (("files", 3), ("saved", 3), ("alone", 2), ("files/train.jsonl", 2)):
+        assert len(load(tmp_path / folder, split="all")) == num_rows
+    assert len(load(tmp_path / "files")) == 2
+
+
+def test_a_prompt_in_two_columns_is_not_advised_away(tmp_path):
+    row = {"instruction": "q", "input": "more", "chosen": "a", "rejected": "b"}
+    with pytest.raises(InputError, match="--prompt-column instruction, once what input holds is put into it"):
+        check_and_fingerprint(load(write_jsonl(tmp_path / "alpaca.jsonl", [row])))

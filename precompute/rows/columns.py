@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from precompute.rows import no_pairs
 from precompute.rows.options import ColumnOptions
 from store.errors import InputError
 
@@ -141,7 +142,7 @@ def scored(names: Iterable[str], options: ColumnOptions, where: str) -> dict[str
             where=where,
             expected="chosen and rejected (prompt optional)",
             found=", ".join(names),
-            next=_suggestion(names, kept.values()) or "Name the columns: --chosen-column, --rejected-column, --prompt-column.",
+            next=_suggestion(names, kept.values()),
         )
     if "prompt" not in kept.values():
         kept |= {name: name for name in CONTEXT if name in names and name not in options.ignore}
@@ -151,7 +152,11 @@ def scored(names: Iterable[str], options: ColumnOptions, where: str) -> dict[str
 def _suggestion(names: list[str], present: Iterable[str]) -> str:
     found = {side: next((name for name in names if _is_like(name, LIKE[side])), None) for side in ("prompt", "chosen", "rejected")}
     words = [f"--{side}-column {shlex.quote(name)}" for side, name in found.items() if name and side not in present]
-    return f"Perhaps: {' '.join(words)}" if words else ""
+    if not (found["chosen"] or found["rejected"]) and (advice := no_pairs.advice(names)):
+        return f"{advice} See docs/data.md."
+    if words:
+        return f"Perhaps: {' '.join(words)}"
+    return "Name the columns: --chosen-column, --rejected-column, --prompt-column."
 
 
 def noticed(names: Iterable[str], kept: Iterable[str], options: ColumnOptions) -> list[str]:
@@ -221,6 +226,8 @@ def refuse_unused(used: Iterable[str], unused: list[str], first: dict, where: st
     words = [f"--prompt-column {shlex.quote(name)}" for name in prompts[:1]]
     words += [f"--system-column {shlex.quote(name)}" for name in systems[:1]]
     use = f"Use {'them' if len(words) > 1 else 'it'}: {' '.join(words)}. " if words else "Put its turns into the prompt. "
+    if more := prompts[1:] + (before if words else []):
+        use = f"{use[:-2]}, once what {' and '.join(more)} hold{'s' * (len(more) == 1)} is put into {'it' if prompts else 'the prompt'}. "
     raise InputError(
         f"the column{'s' * (len(named) > 1)} {' and '.join(named)} would not be scored, and look{'s' * (len(named) == 1)} like part of the prompt",
         where=where,

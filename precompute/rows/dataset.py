@@ -224,7 +224,7 @@ def _load(source: str, split: str, config: str | None, revision: str | None, opt
     splits = find_files(source, config=config, revision=revision)
     if splits is None:
         return _named_columns(datasets.load_dataset(source, config, split=split, revision=revision), options, source)
-    parts = {}
+    parts, split = {}, _all_named(split, splits)
     for name in _split_names(split):
         if name not in splits:
             raise _no_split(source, split, list(splits))
@@ -238,6 +238,11 @@ def _load(source: str, split: str, config: str | None, revision: str | None, opt
 def _split_names(split: str) -> list[str]:
     """The names in `train`, `train[:100]`, `train+test[50%:]`."""
     return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def _all_named(split: str, splits: Iterable[str]) -> str:
+    """`all` with the names of the splits, as `datasets` means it; another split as it is."""
+    return "+".join(splits) if split == "all" and "all" not in splits else split
 
 
 def _part_of(parts: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
@@ -265,9 +270,10 @@ def _saved(path: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
         own = str(saved.split or "train")
-        if not {"train", own} & set(_split_names(split)):
+        if not {"train", "all", own} & set(_split_names(split)):
             raise _no_split(str(path), split, [own])
         return _part_of({name: saved for name in _split_names(split)}, split)
+    split = _all_named(split, saved)
     missing = [name for name in _split_names(split) if name not in saved]
     if missing:
         raise _no_split(str(path), split, list(saved))

@@ -9,6 +9,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -103,9 +104,29 @@ def _in_folder(path: Path, config: str | None, source: str) -> dict[str, list[Pa
     except ValueError as error:
         raise _no_config(str(path.resolve()), config, where, None, error) from error
     files = {str(split): [Path(name) for name in names] for split, names in builder.config.data_files.items()}
+    _refuse_reading_options(builder.config, [file.name for names in files.values() for file in names], where)
     if not _declares_configs(path):
         _refuse_leftovers(path, files, source)
     return files
+
+
+OF_EVERY_BUILDER = {each.name for each in fields(datasets.BuilderConfig)} | {"features"}
+
+
+def _refuse_reading_options(config: datasets.BuilderConfig, files: Sequence[str], where: str) -> None:
+    """InputError for options of a README's configuration that say how its files are read, such as sep or names: they would not be followed."""
+    usual = type(config)()
+    tabs = {"sep", "delimiter"} if all(".tsv" in Path(name).suffixes for name in files) else set()  # those are read with tabs
+    said = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in OF_EVERY_BUILDER}
+    said = {name: value for name, value in said.items() if value != getattr(usual, name) and not (name in tabs and value == "\t")}
+    said = {name: value for name, value in said.items() if name != "delimiter" or said.get("sep") != value}
+    if said:
+        raise InputError(
+            "options of its README for reading the files are not followed",
+            where=where,
+            found=", ".join(f"{name}: {value!r}" for name, value in said.items()),
+            next="Write the files as CSV with commas and a line of names, as JSON lines or as Parquet.",
+        )
 
 
 def _declares_configs(path: Path) -> bool:
@@ -148,6 +169,7 @@ def _on_hub(source: str, config: str | None, revision: str | None) -> dict[str, 
     files = builder.config.data_files
     if not files:
         return None
+    _refuse_reading_options(builder.config, [str(name) for names in files.values() for name in names], f"--dataset {source}")
     remote = huggingface_hub.HfFileSystem()
     return {str(split): _RemoteFiles(remote.resolve_path(str(name)) for name in names) for split, names in files.items()}
 
