@@ -252,6 +252,29 @@ def test_lines_fit_a_screen(page):
     assert not long, long
 
 
+def test_each_claim_of_the_benchmarks_has_its_command_date_and_machine():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", text.partition("\n## Not measured\n")[0], flags=re.MULTILINE)[1:]
+    assert len(sections) > 5
+    for section in sections:
+        title = section.partition("\n")[0]
+        assert re.search(r"\b2026-\d\d-\d\d\b", section), title
+        assert re.search(r"\bmachine\s+[A-Z]\b|the machine does not matter", section, re.IGNORECASE), title
+        assert "\n    python " in section or "The same runs" in section, title
+
+
+def test_the_scoring_ratios_of_the_readme_are_those_of_the_benchmarks():
+    def ratios(page: str, line: str) -> list[float]:
+        found = re.search(rf"^\| {re.escape(line)} \|(.*)\|$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)[1]
+        return [float(re.search(r"[\d.]+", cell)[0]) for cell in found.split("|")][:4]
+
+    for theirs, ours in {
+        "scoring: TRL 1.16 precompute, batch size 8 (default)": "TRL, batch size 8 (its default)",
+        "scoring: TRL 1.16 precompute, its best batch size (1)": "1 (its best)",
+    }.items():
+        assert ratios("README.md", theirs) == [round(ratio, 1) for ratio in ratios("docs/benchmarks.md", ours)]
+
+
 @pytest.mark.parametrize("index", ["docs/README.md", "docs/notebook/README.md"])
 def test_each_index_lists_every_page_of_its_folder(index):
     text = (ROOT / index).read_text(encoding="utf-8")
