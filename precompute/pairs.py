@@ -1,8 +1,9 @@
 """Dataset rows -> token ids of prompt, chosen and rejected: the one definition of what is scored.
 
-It is TRL's (DPOTrainer._prepare_dataset, 1.16), unless turns are asked for (turns.py): prompt, prompt + chosen and prompt + rejected are each rendered and tokenized as a whole; the
-completion begins where they diverge (the longest common token prefix) and everything after it counts, end-of-turn included. Truncation keeps
-the start of the whole sequence. What TRL passes over in silence or with one warning is counted here, with one example each.
+It is TRL's (DPOTrainer._prepare_dataset, 1.16), unless turns are asked for (turns.py): prompt, prompt + chosen and prompt + rejected are each
+rendered and tokenized as a whole; the completion begins where they diverge (the longest common token prefix) and everything after it counts,
+end-of-turn included. Truncation keeps the start of the whole sequence. What TRL passes over in silence or with one warning is counted here,
+with one example each.
 """
 
 import hashlib
@@ -10,16 +11,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from precompute.clock import DateWanted
-from precompute.rows.columns import COLUMNS, ROLES, TURN_FIELDS, is_picture
+from precompute.rows.columns import COLUMNS
 from precompute.scorer.packing import Sequence, common_prefix
+from precompute.sides import fields_read, shorten, sides_of, template_kwargs, without_nulls
 from precompute.turns import NotFoundInText, Turn, mask_of_turns, turns_of
 from store import ScoredTurns
 from store.errors import InputError
@@ -65,14 +65,8 @@ class TokenizedRows:
 
 def pair_id(row: dict) -> str:
     """Content hash of the columns that are scored: 128 bits as 32 hex digits, the same in any order, file format and machine."""
-    content = _without_nulls({name: row[name] for name in COLUMNS if name in row})
+    content = without_nulls({name: row[name] for name in COLUMNS if name in row})
     return hashlib.blake2b(json.dumps(content, sort_keys=True, ensure_ascii=False).encode(), digest_size=16).hexdigest()
-
-
-def _without_nulls(value):
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def tokenize_rows(
@@ -190,8 +184,8 @@ def _rendered(
 def _render(
     tokenizer, row: dict, index: int, special: re.Pattern | None, result: TokenizedRows, scored_turns: ScoredTurns | None
 ) -> _Rendered | None:
-    fields = _fields_read(tokenizer, row, index)
-    prompt, chosen, rejected = _sides(row, index, fields)
+    fields = fields_read(tokenizer, row, index)
+    prompt, chosen, rejected = sides_of(row, index, fields)
     if isinstance(chosen, str) and scored_turns is not None:
         raise InputError(
             "plain text has no turns",
@@ -200,7 +194,7 @@ def _render(
         )
     turns, unplaced = (), None
     if chosen == rejected:
-        result.note("identical", index, _shorten(chosen if isinstance(chosen, str) else chosen[-1].get("content")))
+        result.note("identical", index, shorten(chosen if isinstance(chosen, str) else chosen[-1].get("content")))
     if isinstance(chosen, str):
         contents = [prompt, chosen, rejected]
         if not chosen or not rejected:
@@ -219,7 +213,7 @@ def _render(
             result.note("null_content", index, next(turn["role"] for turn in turns if turn["content"] is None))
         if not _text_of(chosen) or not _text_of(rejected):
             result.note("empty_completion", index, "chosen" if not _text_of(chosen) else "rejected")
-        kwargs = _template_kwargs(row, index)
+        kwargs = template_kwargs(row, index)
         if tokenizer.chat_template is None:
             raise InputError(
                 "the rows are conversations and the tokenizer has no chat template",
@@ -230,7 +224,7 @@ def _render(
         for side, text in ((prompt + chosen, texts[1]), (prompt + rejected, texts[2])):
             lost = [turn for turn in side if isinstance(turn.get("content"), str) and turn["content"].strip() not in text]
             if lost:
-                result.note("turn_not_rendered", index, f"{lost[0]['role']}: {_shorten(lost[0]['content'])}")
+                result.note("turn_not_rendered", index, f"{lost[0]['role']}: {shorten(lost[0]['content'])}")
                 break
         if scored_turns is not None:
             try:
@@ -264,150 +258,6 @@ def _templated(tokenizer, prompt: list[dict], chosen: list[dict], rejected: list
         tokenizer.apply_chat_template(prompt + chosen, tokenize=False, **kwargs),
         tokenizer.apply_chat_template(prompt + rejected, tokenize=False, **kwargs),
     )
-
-
-def _fields_read(tokenizer, row: dict, index: int) -> tuple[str, ...]:
-    """TURN_FIELDS, and the row's further fields that the template reads: it names them, and without them it writes another text.
-
-    The name alone is not enough: a turn's `id` is bookkeeping though a template reads a call's, and it would part turns that are the same.
-    """
-    turns = [turn for name in ("prompt", "chosen", "rejected") if isinstance(row.get(name), list) for turn in row[name]]
-    filled = {name for turn in turns if isinstance(turn, dict) for name, value in turn.items() if value is not None}
-    unknown = filled.difference(TURN_FIELDS)
-    if not unknown or tokenizer.chat_template is None:
-        return TURN_FIELDS
-    templates = tokenizer.chat_template  # one, or several by name
-    words = _words_of("\n".join(templates.values()) if isinstance(templates, dict) else templates)
-    further = sorted(name for name in unknown if _words_of(name) <= words)
-    if not further:
-        return TURN_FIELDS
-    kwargs = _template_kwargs(row, index)
-
-    def conversations(fields: list[str]) -> list[str]:
-        prompt, chosen, rejected = _sides(row, index, (*TURN_FIELDS, *fields))
-        sides = ((prompt or []) + chosen, (prompt or []) + rejected)
-        return [tokenizer.apply_chat_template(turns, tokenize=False, **kwargs) for turns in sides]
-
-    written = conversations(further)
-    for name in list(further):
-        without = [other for other in further if other != name]
-        with suppress(Exception):  # a template that fails cannot do without the field
-            if conversations(without) == written:
-                further = without
-    return (*TURN_FIELDS, *further)
-
-
-@lru_cache
-def _words_of(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text))
-
-
-def _sides(row: dict, index: int, fields: tuple[str, ...]) -> tuple:
-    """(prompt, chosen, rejected) of a row: three strings, or three lists of turns of which chosen and rejected follow the prompt."""
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if isinstance(chosen, list):
-        chosen, rejected = _turns(chosen, "chosen", index, fields), _turns(rejected, "rejected", index, fields)
-        if isinstance(prompt, list):
-            prompt = _turns(prompt, "prompt", index, fields)
-            if prompt and prompt == chosen[: len(prompt)] == rejected[: len(prompt)]:
-                raise InputError(
-                    "chosen and rejected begin with the turns of the prompt, which would be scored twice",
-                    where=f"row {index}",
-                    next="Take the turns of the prompt out of chosen and rejected, or drop the prompt column.",
-                )
-            return prompt, chosen, rejected
-        if isinstance(prompt, str):
-            if chosen and rejected and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-                return [{"role": "user", "content": prompt}], chosen, rejected  # the answers alone
-            # Dolci-Think: the prompt is a string and the conversations, which are the data, repeat it as their first user turn.
-            for side, turns in (("chosen", chosen), ("rejected", rejected)):
-                first = next((turn.get("content") for turn in turns if turn["role"] == "user"), None)
-                if first != prompt:
-                    raise InputError(
-                        "`prompt` is a string beside conversations, so it must equal their first user turn",
-                        where=f"row {index}, {side}",
-                        expected=repr(_shorten(prompt)),
-                        found=repr(_shorten(first)),
-                        next="Drop the prompt column if the conversations are complete, or make it a list of turns.",
-                    )
-        return _split_at_divergence(chosen, rejected)
-    if isinstance(prompt, str):
-        return prompt, chosen, rejected
-    return _split_at_divergence(chosen, rejected)
-
-
-def _split_at_divergence(chosen, rejected) -> tuple:
-    """Implicit prompt: what both sides begin with, as TRL's extract_prompt has it.
-
-    The last common item stays a completion where one side is a prefix of the other, and a space before the divergence belongs to it.
-    """
-    shorter = min(len(chosen), len(rejected))
-    split = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
-    if split > 0 and chosen[split] != rejected[split] and chosen[split - 1] == " ":
-        split -= 1
-    split = max(split, 0)
-    return chosen[:split], chosen[split:], rejected[split:]
-
-
-def _turns(turns: list, side: str, index: int, fields: tuple[str, ...]) -> list[dict]:
-    """The turns with `fields`, without null fields; null content, which is counted, transformers drops itself."""
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            raise InputError(
-                "a turn needs a known role",
-                where=f"row {index}, {side}",
-                expected=f"one of {', '.join(sorted(ROLES))}",
-                found=repr(turn.get("role") if isinstance(turn, dict) else turn),
-            )
-    return [
-        {
-            name: _content(turn.get(name), f"row {index}, {side}") if name == "content" else _without_nulls(turn[name])
-            for name in fields
-            if name == "content" or turn.get(name) is not None
-        }
-        for turn in turns
-    ]
-
-
-def _content(content: object, where: str) -> str | None:
-    """A turn's text: as it is, or the texts of its parts joined. InputError for pictures and the like, numbers, …"""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InputError("the content of a turn is no text", where=where, found=repr(content)[:60], next="Write it as text.")
-    texts = []
-    for part in content:
-        if isinstance(part, dict):
-            pictures = [name for name, value in part.items() if value and is_picture(name)]
-            kind, part = (pictures or [part.get("type")])[0], part.get("text")
-            if kind not in (None, "text") or not isinstance(part, str):
-                raise InputError(
-                    f"a part of a turn's content is no text{'' if kind in (None, 'text') else f' but {kind}'}",
-                    where=where,
-                    expected="parts {type: text, text}",
-                    next="Only text is scored: drop the row, or take the part out on purpose.",
-                )
-        elif not isinstance(part, str):
-            raise InputError("a part of a turn's content is no text", where=where, found=repr(part)[:60])
-        texts.append(part)
-    return "".join(texts)
-
-
-def _template_kwargs(row: dict, index: int) -> dict:
-    tools, kwargs = (_parsed(row.get(name), name, index) for name in ("tools", "chat_template_kwargs"))
-    return {"tools": tools, **(kwargs or {})}
-
-
-def _parsed(value: object, name: str, index: int) -> object:
-    """Without the null fields that Parquet pads structs with; of text, which has no padding, what it says."""
-    if not isinstance(value, str):
-        return _without_nulls(value)
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise InputError(f"`{name}` is text but not JSON: {error}", where=f"row {index}") from error
 
 
 def _place(result: TokenizedRows, tokenizer, index: int, id_: str, prompt, with_chosen, with_rejected, max_length: int) -> None:
@@ -462,7 +312,7 @@ def _place_turns(
         return
     bare = next((turn for turns in entry.turns for turn in turns if not turn.prefix), None)
     if bare is not None:
-        result.note("prompt_not_prefix", index, f"prompt ends {_shorten(bare.header[-30:])!r}, the conversation goes on otherwise")
+        result.note("prompt_not_prefix", index, f"prompt ends {shorten(bare.header[-30:])!r}, the conversation goes on otherwise")
     chosen, rejected = sides
     result.pairs.append(
         Pair(
@@ -502,8 +352,3 @@ def _special_spelling(tokenizer) -> re.Pattern | None:
 
 def _text_of(turns: list[dict]) -> str:
     return "".join(str(turn.get(name) or "") for turn in turns for name in ("content", "tool_calls", "function_calls"))
-
-
-def _shorten(text: object, length: int = 60) -> str:
-    text = " ".join(str(text).split())
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -301,7 +301,7 @@ def test_links_and_files_named_exist():
             assert (ROOT / name).exists(), name
     for page, names in {
         "extending.md": (
-            "_sides",
+            "sides_of",
             "traits",
             "column_kinds",
             "refuse_unpackable",
