@@ -147,16 +147,15 @@ def _provenance_lines(manifest: Manifest | None) -> list[str]:
     known = manifest.provenance
     speed, seconds = known.get("tokens_per_second"), known.get("seconds")
     workers, devices = known.get("shards_by_worker") or {}, known.get("shards_by_device") or {}
-    parts = [
+    time = [
         f"{seconds / 60:,.1f} worker-minutes" if seconds else "",
         f"{speed:,.0f} tokens/s each" if speed else "",
         f"the model waited {known['waited'] / (known['waited'] + seconds):.1%}" if seconds and "waited" in known else "",
-        _number(len(workers), "worker") if workers else "",
-        " + ".join(sorted(devices)),
-        known.get("layout", ""),
     ]
-    made = ", ".join(part for part in parts if part)
-    return [f"{'made in':11}{made}"] if made else [f"{'made from':11}{known['imported_from']}"] if "imported_from" in known else []
+    means = [_number(len(workers), "worker") if workers else "", " + ".join(sorted(devices)), known.get("layout", "")]
+    lines = [(title, ", ".join(filter(None, parts))) for title, parts in (("made in", time), ("made by", means))]
+    made = [f"{title:11}{parts}" for title, parts in lines if parts]
+    return made or ([f"{'made from':11}{known['imported_from']}"] if "imported_from" in known else [])
 
 
 def _next_line(path: Path, identity: Identity, manifest: Manifest | None) -> str:

@@ -368,6 +368,7 @@ def test_summary_fits_a_screen_and_its_numbers_are_right(made):
         "float32, max length 40",
         "chosen_truncated",
         "tokens/s each",
+        "made by ",
     ):
         assert expected in words
 
