@@ -45,6 +45,21 @@ def test_every_norm_is_fused_and_computes_the_same(kind):
     assert not any("forward" in vars(norm) for norm in norms_of(model))
 
 
+@pytest.mark.parametrize("different", [1, 3])
+def test_two_norms_of_a_class_that_differ_are_tried_each(different, monkeypatch):
+    """Only one of them multiplies by more than its weight."""
+    model = tiny.make_model("llama")
+    kind = type(model.model.norm)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: own(self, x) * getattr(self, "gain", 1.0))
+    norms_of(model)[different].gain = 1.5
+    with torch.inference_mode():
+        expected = model(input_ids=IDS).logits
+        with fused_norms(model):
+            assert num_fused(model) == len(norms_of(model)) - 1
+            torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def gradients(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], int]:
     """Of a loss over all logits, in every parameter; and how many bytes autograd was given to keep outside checkpointed layers."""
     kept: dict[int, int] = {}

@@ -29,16 +29,18 @@ def use_fused_norms(model: PreTrainedModel) -> list[torch.nn.Module]:
     """Make one operator, with gradients, of every RMS norm of the model's body that computes what `F.rms_norm` computes; return those. Others
     stay as they are."""
     fused: list[torch.nn.Module] = []
-    same: dict[type, bool] = {}
+    same: dict[tuple, bool] = {}
     for module in model.base_model.modules():
         kind = type(module)
         if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module):  # not what somebody else replaced
             continue
         if getattr(module, "weight", None) is None:  # a class may make some with a weight and some without
             continue
-        if kind not in same:
-            same[kind] = _is_plain(module)
-        if same[kind]:
+        # Two of a class may differ in what the class reads from them: epsilon, a factor, whether one is added to the weight.
+        settings = (kind, *sorted((name, value) for name, value in vars(module).items() if isinstance(value, (int, float, str))))
+        if settings not in same:
+            same[settings] = _is_plain(module)
+        if same[settings]:
             module.forward = _forward_of(module)
             fused.append(module)
     return fused
