@@ -161,6 +161,24 @@ def test_the_twin_of_a_released_size_is_small_and_keeps_its_kinds_of_layers(kind
     assert bool(twin.lengths) == (kind not in ("llama", "mixtral", "qwen3_moe"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "kind_of"),
+    [
+        ("flint", lambda layer: (layer.self_attn.sliding_window is None, type(layer.mlp))),
+        ("modernbert-decoder", lambda layer: type(layer.attn_norm)),
+        ("jamba", lambda layer: type(layer)),
+    ],
+)
+def test_the_twin_has_a_layer_of_each_kind_where_every_nth_is_another(kind, kind_of, monkeypatch):
+    """Kinds that no list of the configuration tells: full attention in every fourth layer of Flint, no first norm in ModernBERT's first layer."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind))
+    monkeypatch.setattr(type(model), "device", torch.device("cpu"))
+    twin = twin_of(model)
+    assert not twin.num_missing
+    assert set(map(kind_of, twin.model.base_model.layers)) == set(map(kind_of, model.base_model.layers))
+
+
 @pytest.mark.parametrize("kind", ["granitemoehybrid", "bamba"])
 def test_the_twin_of_a_hybrid_whose_states_follow_the_hidden_size(kind, monkeypatch):
     with torch.device("meta"):

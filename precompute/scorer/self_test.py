@@ -54,12 +54,15 @@ class SelfTest:
     of_model: float
     noise: float
     seconds: float
+    num_missing: int = 0
+    """Kinds of layers that the twin lacks."""
 
     def __str__(self) -> str:
+        lacks = f", which lacks {self.num_missing} of its kinds of layers," if self.num_missing else ""
         twin = (
             "no small twin of it could be made"
             if self.of_twin is None
-            else f"a small twin of it is off by at most {self.of_twin:.1g} nats"
+            else f"a small twin of it{lacks} is off by at most {self.of_twin:.1g} nats"
         )
         return (
             f"self-test: {self.what} against the model's own forward: {twin},"
@@ -130,7 +133,7 @@ def _compare(model: PreTrainedModel, dtype: str, compute: Compute, what: str, ad
             expected=f"at most {allowed:.2g} in {dtype}, where rounding its embeddings once more makes {noise:.2g}",
             next=advice,
         )
-    return SelfTest(what, of_twin, of_model, noise, time.monotonic() - started)
+    return SelfTest(what, of_twin, of_model, noise, time.monotonic() - started, 0 if twin is None else twin.num_missing)
 
 
 def attempt(compute: Callable, twin: PreTrainedModel, sequences: list[Sequence], what: str, advice: str):

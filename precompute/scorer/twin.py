@@ -7,6 +7,7 @@ chunk) become a few dozen tokens, so that short sequences lie on both sides of t
 import copy
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +28,11 @@ LENGTH_NAME = re.compile(
 )
 """Entries of a configuration that are numbers of tokens. A window that is no number (a switch, None) stays."""
 
+NUMBER = re.compile(r"(^|\.)\d+")
+"""A place in a list of modules, of which there may be any number."""
+
+PLAIN = (bool, int, float, str)
+
 EXPERTS = re.compile(r"^(num|n|moe_num)_(\w+_)?experts$|^moe_num_experts$")
 EXPERTS_PER_TOKEN = re.compile(r"experts_per_tok|^top_k$|moe_top_?k$")
 WIDTHS = re.compile(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner")
@@ -38,12 +44,20 @@ class Twin:
 
     model: PreTrainedModel
     lengths: tuple[int, ...]
+    num_missing: int = 0
+    """Kinds of layers that it lacks."""
 
 
 def twin_of(model: PreTrainedModel) -> Twin | None:
     """None where no smaller model of this configuration can be made that gives finite numbers: the configuration's parts depend on each other
-    in a way of their own."""
-    for cuts in ((_cut_layers, _cut_entries, _cut_heads), (_cut_layers, _cut_entries), (_cut_layers,), ()):
+    in a way of their own. With one layer of each kind, if it can be."""
+    place = _layers(model)
+    kinds = _kinds_of_layers(model, place)
+    found: list[Twin] = []
+    first = partial(_first_layers, max([LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))]))
+    # Some architectures make every n-th layer another: there the first ones are kept, up to the last new kind.
+    by_layers = [(cut, *more) for more in ((_cut_entries, _cut_heads), (_cut_entries,), ()) for cut in (_cut_layers, first)]
+    for cuts in (*by_layers, ()):
         config = copy.deepcopy(model.config)
         try:
             lengths = _cut_lengths(config.get_text_config())
@@ -55,8 +69,47 @@ def twin_of(model: PreTrainedModel) -> Twin | None:
         except Exception:  # noqa: BLE001, S112 - a configuration raises what it likes when its parts do not fit; try a closer one
             continue
         if small is not None:
-            return Twin(small, lengths)
-    return None
+            found.append(Twin(small, lengths, len(set(kinds) - set(_kinds_of_layers(small, place)))))
+            if not found[-1].num_missing:
+                break
+    return min(found, key=lambda twin: twin.num_missing, default=None)
+
+
+def _layers(model: PreTrainedModel) -> str | None:
+    """Where the list of the text's layers is; None where no list of modules is as long as the configuration says."""
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList) and len(each) == num_layers
+    ]
+    return max(lists, key=lambda each: len(list(each[1].modules())), default=(None,))[0]
+
+
+def _kinds_of_layers(model: PreTrainedModel, place: str | None) -> list[tuple]:
+    """What each layer is made of and how it is set, but for sizes: classes, switches, names, and which numbers are None."""
+    layers = () if place is None else model.get_submodule(place).children()
+    return [
+        tuple(sorted({(NUMBER.sub("", name), *_settings(module)) for name, module in layer.named_modules()})) for layer in layers
+    ]
+
+
+def _settings(module: torch.nn.Module) -> tuple[str, ...]:
+    named = (
+        (name, value) for name, value in vars(module).items() if not name.startswith("_") and name not in ("training", "layer_idx")
+    )
+    told = (
+        f"{name}={'a number' if type(value) in (int, float) else value}"
+        for name, value in named
+        if value is None or isinstance(value, PLAIN)
+    )
+    return type(module).__name__, *sorted(told)
+
+
+def _first_layers(num_kept: int, config) -> None:
+    num_layers = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if _per_layer(name, value, num_layers):
+            vars(config)[name] = value[:num_kept]
+    config.num_hidden_layers = min(num_kept, num_layers)
 
 
 def _others(config) -> list:
