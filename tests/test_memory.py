@@ -124,14 +124,20 @@ def model():
     return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def costs(model) -> dict[bool, Cost]:
+    """Without and with checkpointing."""
+    return {checkpointing: memory._of_micro_steps(model, checkpointing) for checkpointing in (False, True)}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_rows_predict_a_longer_one(model, checkpointing):
+def test_two_rows_predict_a_longer_one(model, costs, checkpointing):
     """Real memory: of 2,000 tokens, from 128 and 512."""
-    cost = memory._of_micro_steps(model, checkpointing)
+    cost = costs[checkpointing]
     layers = 8 * 256 * 4  # bytes of the hidden states between layers, per token
     assert 1 * layers < cost.per_unit < (20 if checkpointing else 60) * layers
     if checkpointing:
-        assert cost.per_unit < 0.75 * memory._of_micro_steps(model, False).per_unit
+        assert cost.per_unit < 0.75 * costs[False].per_unit
         model.activation_checkpointing_enable()
     with memory.ready_to_train(model.train()), memory._gradients_let_go(model):
         seen = MemoryWatch(model.device).most(lambda: memory._micro_step(model, 2000))
