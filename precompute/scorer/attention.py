@@ -283,7 +283,7 @@ class _VarlenWithSinks(torch.autograd.Function):
 
 
 def _attend_cpu(query, key, value, scaling, window, layout: PackedLayout) -> torch.Tensor:
-    if query.dtype == torch.float32 and torch.is_inference_mode_enabled():
+    if query.dtype == torch.float32:
         return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=window)
     results = []
     for branch in layout.branches:
