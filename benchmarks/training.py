@@ -107,6 +107,7 @@ def run_one(args) -> None:
 
     from launch import Process, launched
     from precompute.scorer.compiled import use_compiler
+    from precompute.scorer.cpu import keep_freed_memory
     from store.reader import open_store
     from train import lora
     from train.balance import shuffled
@@ -252,6 +253,8 @@ def run_one(args) -> None:
         if by_tokens and args.products:
             trainer.products = Products(model)
     trainer.seen, trainer.counts = {}, Speed(PairFlops.of(model), settings.device, model.dtype)
+    if contender in OURS and settings.device.type == "cpu":
+        keep_freed_memory()  # as train/run.py does
     trainer.train()
 
     mine = {

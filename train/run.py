@@ -24,6 +24,7 @@ import devices
 from launch import Process, launched
 from precompute.scorer.adapter import Adapter, adapter_of
 from precompute.scorer.api import (
+    keep_freed_memory,
     load_base,
     load_in_4bit,
     load_model,
@@ -359,6 +360,8 @@ def _take_steps(
         num_steps_before = state["global_step"]
         args.eval_on_start = evaluation_is_due(state, args)
         trainer.add_callback(BestIsHere(checkpoint))
+    if args.device.type == "cpu":
+        keep_freed_memory()
     with explained(memory_plan, args.activation_checkpointing, lambda: trainer.state.global_step):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if interrupt.stopped_at is not None:
