@@ -116,7 +116,8 @@ class Progress:
         left = "?" if state["seconds_left"] is None else _clock(state["seconds_left"])
         line = f"scored {state['rows_done']:,}/{state['num_rows']:,} pairs · {state['tokens_per_second']:,.0f} tokens/s{workers} · "
         line += f"{_clock(state['seconds'])} so far, {left} left"
-        if final or state["waiting"] > WAITING_IS_SLOW:
+        scored = state["tokens_per_second"] > 0  # or all of it was taken from other stores: the model had nothing to wait for
+        if scored and (final or state["waiting"] > WAITING_IS_SLOW):
             line += f" · the model waited {state['waiting']:.1%} of the time for tokenizer or disk"
         if self.terminal:
             print(f"\r\x1b[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)

@@ -80,6 +80,9 @@ def test_the_rows_that_did_not_change_are_not_scored_again(run, tmp_path):
     np.testing.assert_allclose(sums[0], sums[1], atol=1e-4)
     assert sums[0][1] == sums[2][0] and sums[0][12] == sums[2][11]  # taken, not scored
 
+    output = run(mended, "whole", "--reuse", tmp_path / "after")
+    assert "13 pairs were taken" in output and "scored 13/13 pairs" in output and "the model waited" not in output
+
     manifest_path(tmp_path / "before").unlink()
     (tmp_path / "before" / "part-00000.parquet").unlink()  # an unfinished store: what it has
     assert "7 pairs were taken" in run(mended, "again", "--reuse", tmp_path / "before")
