@@ -19,7 +19,7 @@ class Selection:
     """Positions in the store (0 … num_pairs - 1, in the order of rows) to train and to evaluate on."""
 
     train: tuple[int, ...]
-    """In the order asked for; the store's order without `order_by`."""
+    """In the order asked for; the store's order without `order_by`. A pair whose weight asks for it stands there several times, one after another."""
     eval: tuple[int, ...]
     """In the store's order."""
     num_pairs: int
@@ -32,24 +32,28 @@ class Selection:
     eval_pair_ids_sha256: str
     where_file: str | None = None
     """What the file of a further condition is called and holds."""
+    weight: str | None = None
+    """SQL: how many times a pair is trained on in an epoch."""
 
     @property
     def everything(self) -> bool:
-        return self.where is None and self.where_file is None and self.order_by is None and self.eval_fraction is None
+        return all(getattr(self, name) is None for name in ("where", "where_file", "order_by", "eval_fraction", "weight"))
 
     def to_json(self) -> dict:
         """For a run's records: conditions, counts and hashes instead of the positions."""
         plain = {name: value for name, value in vars(self).items() if name not in ("train", "eval")}
-        if self.where_file is None:
-            del plain["where_file"]
+        for name in ("where_file", "weight"):
+            if plain[name] is None:
+                del plain[name]
         return {"num_train": len(self.train), "num_eval": len(self.eval), **plain}
 
     def __str__(self) -> str:
-        chosen = len(self.train) + len(self.eval)
+        chosen = len({*self.train, *self.eval})
         text = f"{chosen:,} of {self.num_pairs:,} pairs"
         text += f" where {self.where}" if self.where is not None else ""
         text += f"{' and' if self.where is not None else ' where'} {self.where_file} says so" if self.where_file is not None else ""
         text += f"; {len(self.eval):,} of them held back to evaluate on" if self.eval_fraction is not None else ""
+        text += f"; {len(self.train):,} to train on in an epoch, by the weight {self.weight}" if self.weight is not None else ""
         text += f"; in the order of {self.order_by}" if self.order_by is not None else ""
         return f"{text} (pair_ids sha256 {self.pair_ids_sha256[:12]})"
 
@@ -61,19 +65,25 @@ def select(
     eval_fraction: float | None = None,
     decode: Decode | None = None,
     where_file: Path | None = None,
+    weight: str | None = None,
 ) -> Selection:
     """Choose pairs of the sealed store at `store`. With `decode`, conditions may ask for text. `where_file` holds a condition more, or one pair_id a
     line.
 
     `where` and `order_by` are what follows these words in SQL over the view `pairs`; ties keep the store's order. A pair is held back if the
     hash of its pair_id falls into `eval_fraction`: the same pairs whatever the order, the condition or the store, and equal content never
-    stands on both sides. InputError for SQL that fails, gives another answer the second time, or leaves nothing.
+    stands on both sides. `weight`: SQL for how many times a pair is trained on; the part of it behind the point, and whether a pair with 0.5 is
+    trained on at all, is decided by that hash too. InputError for SQL that fails, gives another answer the second time, or leaves nothing.
     """
     listed = _Listed.read(where_file) if where_file is not None else None
-    everything, chosen = _answers(store, where, order_by, decode, listed)
-    held_back = [eval_fraction is not None and _unit(pair_id) < eval_fraction for _, pair_id in chosen]
-    train = [pair for pair, held in zip(chosen, held_back, strict=True) if not held]
+    everything, weighed = _answers(store, where, order_by, decode, listed, weight)
+    chosen = [(row, pair_id) for row, pair_id, _ in weighed]
+    held_back = [eval_fraction is not None and _unit(f"held back? {pair_id}") < eval_fraction for _, pair_id in chosen]
+    times = [_times(of_pair, pair_id, row) for row, pair_id, of_pair in weighed]
+    train = [pair for pair, held, number in zip(chosen, held_back, times, strict=True) if not held for _ in range(number)]
     evaluate = sorted(pair for pair, held in zip(chosen, held_back, strict=True) if held)
+    if not train and not all(held_back):
+        raise InputError("no pair is left", where=f'--weight "{weight}"', found=f"{len(chosen):,} pairs of too little weight")
     if eval_fraction is not None and not (train and evaluate):
         raise InputError(
             f"no pair is left to {'evaluate' if train else 'train'} on",
@@ -92,16 +102,35 @@ def select(
         pair_ids_sha256=_hash(train),
         eval_pair_ids_sha256=_hash(evaluate),
         where_file=None if listed is None else listed.described({pair_id for _, pair_id in everything}),
+        weight=weight,
     )
 
 
+MOST = 1000
+"""Times that a pair can be trained on in an epoch: more is a mistake in the SQL."""
+
+
+def _times(weight: float | None, pair_id: str, row: int) -> int:
+    """2.25: three times for a quarter of the pairs, twice for the others."""
+    if weight is None or not 0 <= weight <= MOST:
+        raise InputError(
+            "not a number of times to train on a pair",
+            where=f"--weight, row {row}",
+            expected=f"0 to {MOST:,}",
+            found="null" if weight is None else weight,
+        )
+    return int(weight) + (_unit(f"once more? {pair_id}") < weight % 1)
+
+
 def _answers(
-    store: Path, where: str | None, order_by: str | None, decode: Decode | None, listed: "_Listed | None"
-) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """(row, pair_id) of all pairs in the store's order, and of those asked for in the order asked for."""
+    store: Path, where: str | None, order_by: str | None, decode: Decode | None, listed: "_Listed | None", weight: str | None
+) -> tuple[list[tuple[int, str]], list[tuple[int, str, float | None]]]:
+    """(row, pair_id) of all pairs in the store's order, and with their weights of those asked for in the order asked for."""
     connection = connect(store, threads=1, decode=decode)  # with several, `limit` among equals picks another row each time
     everything = fetch(connection, "select row, pair_id from pairs order by row", store)
-    given = " ".join(f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by)) if sql is not None)
+    given = " ".join(
+        f'--{name} "{sql}"' for name, sql in (("where", where), ("order-by", order_by), ("weight", weight)) if sql is not None
+    )
     if listed is not None:
         given = f"--where-file {listed.path} {given}".strip()
         connection.execute("create temp table listed as select unnest(?::varchar[]) as pair_id", [list(listed.pair_ids)])
@@ -112,11 +141,12 @@ def _answers(
             where=given,
             next="Use ref_chosen_logps, ref_rejected_logps and the counts.",
         )
-    chosen = everything
+    chosen = [(row, pair_id, 1.0) for row, pair_id in everything]
     if given:
         conditions = [sql for sql in (where, listed.condition if listed is not None else None) if sql is not None]
         both = "\n) and (".join(conditions) if conditions else None
-        query = f"select row, pair_id from pairs {_clause('where', both)} order by {_part(order_by, ', ')}row"
+        times = "1" if weight is None else f"({weight}\n)"  # inside the cast: one expression, not two columns
+        query = f"select row, pair_id, nullif(cast({times} as double), 'nan') from pairs {_clause('where', both)} order by {_part(order_by, ', ')}row"
         chosen = fetch(connection, query, given)
         if chosen != fetch(connection, query, given):
             raise InputError(
@@ -170,10 +200,9 @@ def _part(sql: str | None, after: str) -> str:
     return f"{sql}\n{after}" if sql is not None else ""
 
 
-def _unit(pair_id: str) -> float:
-    """A number in [0, 1) that depends on the pair's content alone. Hashed again, so that no other use of pair_id's digits is
-    correlated."""
-    return int.from_bytes(hashlib.sha256(f"held back? {pair_id}".encode()).digest()[:8], "big") / 2**64
+def _unit(question: str) -> float:
+    """A number in [0, 1) that depends on the question alone. Hashed again, so that no other use of pair_id's digits is correlated."""
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64
 
 
 def _hash(pairs: list[tuple[int, str]]) -> str:

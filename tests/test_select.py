@@ -97,6 +97,13 @@ def test_held_back_pairs_follow_their_id_alone(store, tmp_path):
         ({"where": "row < 0"}, "no pair is left.*196 pairs"),
         ({"where": "random() < 0.5"}, "another answer each time.*hash\\(pair_id\\)"),
         ({"order_by": "nothing"}, "--order-by"),
+        ({"weight": "row -"}, "--weight"),
+        ({"weight": "1), (2"}, "--weight"),
+        ({"weight": "-row"}, "--weight, row 1: not a number of times to train on a pair; expected 0 to 1,000; found -1"),
+        ({"weight": "nullif(1, 1)"}, "not a number of times.*found null"),
+        ({"weight": "'nan'::double"}, "not a number of times.*found null"),
+        ({"weight": "random()"}, "another answer each time"),
+        ({"weight": "0"}, '--weight "0": no pair is left; found 196 pairs of too little weight'),
         ({"eval_fraction": 1e-9}, "no pair is left to evaluate on.*larger"),
         ({"eval_fraction": 1 - 1e-9}, "no pair is left to train on.*smaller"),
     ],
@@ -115,6 +122,30 @@ def test_dataset_has_the_selected_pairs_in_their_order(store):
     shorter = dataset_of(opened, 20, None, found.train)  # prompts of 20 and more fall out, the order stays
     lengths = opened.read(found.train)["num_prompt_tokens"].to_pylist()
     assert [len(row["prompt_ids"]) for row in shorter] == [n for n in lengths if n < 20]
+
+
+def test_a_weight_is_how_often_a_pair_is_trained_on(store):
+    """Whole ones by hand; of a broken one each pair gets one of the two neighbours, by its id alone, and their mean is the weight."""
+    found = select(store, "row < 40", "row desc", weight="case when row % 3 = 0 then 2 when row % 3 = 1 then 0 else 1 end")
+    rows = [row for row in range(39, -1, -1) if row not in (0, 31, 32) for _ in range((2, 0, 1)[row % 3])]
+    opened = open_store(store)
+    assert opened.read(found.train)["row"].to_pylist() == rows
+    assert str(found).startswith(
+        f"{len(set(rows))} of 196 pairs where row < 40; {len(rows)} to train on in an epoch, by the weight case"
+    )
+    assert found.to_json()["weight"].startswith("case") and "weight" not in select(store, "row < 40").to_json()
+    pairs = dataset_of(opened, 64, None, found.train)
+    assert [len(row["prompt_ids"]) for row in pairs] == opened.read(found.train)["num_prompt_tokens"].to_pylist()
+
+    times = [select(store, weight=weight).train.count(index) for weight in ("0.25", "2.25") for index in range(196)]
+    assert [few + 2 for few in times[:196]] == times[196:] and 30 <= sum(times[:196]) <= 70  # 49 expected, sd 6
+    held = select(store, eval_fraction=0.25)
+    weighed = select(store, eval_fraction=0.25, weight="2")
+    assert weighed.eval == held.eval and weighed.train == tuple(index for index in held.train for _ in range(2))
+    few = select(store, "row >= 40", weight="0.5")
+    assert {index for index in few.train} == {
+        index for index in select(store, weight="0.5").train if opened.read([index])["row"][0].as_py() >= 40
+    }
 
 
 def test_contradictory_options_are_refused(store):
@@ -170,7 +201,7 @@ def test_training_records_what_it_chose(tiny_llama, tmp_path, monkeypatch):
             }
         )
     )
-    where = "row < 20"
+    where, weight = "row < 20", "if(row < 5, 2, 1)"
     argv = [
         "train",
         "--ref-store",
@@ -181,6 +212,8 @@ def test_training_records_what_it_chose(tiny_llama, tmp_path, monkeypatch):
         where,
         "--order-by",
         "num_prompt_tokens",
+        "--weight",
+        weight,
         "--eval-fraction",
         "0.3",
     ]
@@ -202,7 +235,7 @@ def test_training_records_what_it_chose(tiny_llama, tmp_path, monkeypatch):
         result = CliRunner().invoke(cli.main, [str(word) for word in argv], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    expected = select(tmp_path / "store", where, "num_prompt_tokens", 0.3)
+    expected = select(tmp_path / "store", where, "num_prompt_tokens", 0.3, weight=weight)
     assert (
         record["selection"] == expected.to_json()
         and record["num_pairs"] == len(expected.train)

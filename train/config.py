@@ -60,6 +60,11 @@ class TrainConfig:
     order_by: Annotated[str | None, Option("SQL order to train in, such as 'num_chosen_tokens', instead of shuffling.", PAIRS)] = (
         None
     )
+    weight: Annotated[
+        str | None,
+        Option("SQL for how many times a pair counts in an epoch: \"if(dataset = 'a', 2, 0.5)\".", PAIRS, default="1"),
+    ] = None
+    """Of 0.5 a pair is in or out by the hash of its pair_id."""
     eval_fraction: Annotated[
         float | None,
         Option(

@@ -66,7 +66,9 @@ def plan(config: TrainConfig, world: int, check: str = "none") -> Plan:
     store = open_store(config.ref_store, check=check)
     max_length = config.max_length or store.identity.max_length
     decode = lazy_decoder(config.ref_store, config.tokenizer)
-    selection = select(config.ref_store, config.where, config.order_by, config.eval_fraction, decode, config.where_file)
+    selection = select(
+        config.ref_store, config.where, config.order_by, config.eval_fraction, decode, config.where_file, config.weight
+    )
     train = fitting(store, max_length, config.ld_alpha, selection.train)
     eval_store, evaluate = None, None
     if config.eval_fraction is not None:
