@@ -141,7 +141,7 @@ def _answers(
             where=given,
             next="Use ref_chosen_logps, ref_rejected_logps and the counts.",
         )
-    chosen = [(row, pair_id, 1.0) for row, pair_id in everything]
+    chosen: list[tuple[int, str, float | None]] = [(row, pair_id, 1.0) for row, pair_id in everything]
     if given:
         conditions = [sql for sql in (where, listed.condition if listed is not None else None) if sql is not None]
         both = "\n) and (".join(conditions) if conditions else None
