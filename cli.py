@@ -4,6 +4,7 @@ What a command is told stands in its config dataclass (precompute/config.py, tra
 parameters of its function here. options.py makes click's options of either.
 """
 
+import errno
 import inspect
 import os
 import sys
@@ -116,7 +117,17 @@ class Commands(click.Group):
 
     def main(self, args=None, *more, **named):
         store.command.called_with = None if args is None else list(args)
-        return super().main(args, *more, **named)
+        try:
+            try:
+                return super().main(args, *more, **named)
+            finally:
+                sys.stdout.flush()  # or Python finds a full disk out when nobody can say so any more
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            click.echo(f"Error: what was to be printed cannot be written: {error.strerror}.", err=True)
+            sys.exit(1)
 
     def get_help(self, ctx: click.Context) -> str:
         return as_called(super().get_help(ctx), ctx)
@@ -527,6 +538,7 @@ def _parse(phase: str, words: list[str]) -> dict[str, Any]:
 
 def run() -> None:
     """The command as a process of its own; `main` runs in any process, a test's for one, and leaves its end alone."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115   a shell's `>&-` leaves none
     with leave():
         main()
 

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -241,3 +242,17 @@ def test_the_installed_command_speaks_of_itself(monkeypatch):
     assert store.command.cli("train", "--ref-store", "a b") == "refdpo train --ref-store 'a b'"
     output = CliRunner().invoke(cli.main, ["status", "--help"], prog_name="refdpo").output
     assert "\n  refdpo status --ref-store store/think" in output and "cli.py" not in output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's")
+def test_what_cannot_be_printed_is_an_error_and_a_closed_output_is_none():
+    """One process each: what Python does at its end counts too."""
+    for words in (["--help"], ["--version"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "cli.py", *words], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert (done.returncode, done.stderr) == (1, "Error: what was to be printed cannot be written: No space left on device.\n")
+    closed = f"exec {shlex.quote(sys.executable)} cli.py --version >&-"
+    done = subprocess.run(closed, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
