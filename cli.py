@@ -4,8 +4,10 @@ What a command is told stands in its config dataclass (precompute/config.py, tra
 parameters of its function here. options.py makes click's options of either.
 """
 
+import codecs
 import errno
 import inspect
+import io
 import os
 import sys
 from pathlib import Path
@@ -536,8 +538,22 @@ def _parse(phase: str, words: list[str]) -> dict[str, Any]:
     return collected({"precompute": PrecomputeConfig, "train": TrainConfig}[phase], params)
 
 
+def _as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For what no text can be: the byte of a file's name that it stood for, or else its number."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error("as_it_came", _as_it_came)
+
+
 def run() -> None:
     """The command as a process of its own; `main` runs in any process, a test's for one, and leaves its end alone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale: tables have lines, names of files any characters
+            stream.reconfigure(encoding="utf-8", errors="as_it_came")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115   a shell's `>&-` leaves none
     with leave():
         main()

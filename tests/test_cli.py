@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, errors, exit codes."""
 
 import json
+import os
 import re
 import resource
 import shlex
@@ -256,3 +257,12 @@ def test_what_cannot_be_printed_is_an_error_and_a_closed_output_is_none():
     closed = f"exec {shlex.quote(sys.executable)} cli.py --version >&-"
     done = subprocess.run(closed, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_output_is_utf_8_in_every_locale(tmp_path):
+    environ = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "cli.py", "inspect", "--ref-store", tmp_path / "nü"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, check=False)
+    assert done.returncode == 2 and done.stderr.decode().startswith(f"Error: {tmp_path / 'nü'}: "), done.stderr
+    help_ = subprocess.run([*command[:3], "--help"], cwd=ROOT, env=environ, capture_output=True, check=False)
+    assert help_.returncode == 0 and help_.stderr == b""
