@@ -13,7 +13,7 @@ import store_samples
 from click.testing import CliRunner
 
 import cli
-from precompute.desk.analyze import _quantiles
+from precompute.desk.analyze import QUANTILES, _quantiles
 from store import report as module
 from store.errors import InputError, StoreError
 from store.folder import prepare_store
@@ -170,7 +170,7 @@ def test_lengths_have_one_definition_of_quantiles(folder, page):
     lengths = open_store(folder / "even").lengths()
     columns = [lengths[f"num_{part}_tokens"].to_numpy() for part in ("prompt", "chosen", "rejected")]
     here = visible(report(folder / "even", folder / "even_page").read_text())
-    by_analyze = _quantiles(np.stack([*columns, columns[0]], axis=1).astype(np.int64))
+    by_analyze = _quantiles(np.stack([*columns, columns[0], *columns], axis=1).astype(np.int64), QUANTILES)
     words = " ".join(summary(folder / "even").split())
     for part, title in (("prompt", "prompt, tokens"), ("chosen", "chosen"), ("rejected", "rejected")):
         values = " ".join(str(value) for value in by_analyze[part].values())
