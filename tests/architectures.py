@@ -16,6 +16,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 WINDOW, ORIGINAL_CONTEXT = 24, 48
 """Tokens: of every sliding window, and of the context before RoPE was stretched."""
 
+NOISE = 0.1
+"""Share of what is dropped, and of every other disturbance in training mode, which the policy must not feel."""
+
 LARGEST = 4_000_000
 """Parameters of a tiny model: what makes a test slow has a size of a name that SIZES does not know."""
 
@@ -95,6 +98,7 @@ OVERRIDES: dict[str, dict] = {
     },
     "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "dots3_note_vision_encoder": {"adapter_out_dim": 64, "adapter_in_dim": 64},
+    "diffllama": {"attention_dropout": 0.0},  # it refuses another
     "doge": {"sliding_window": None},
     "falcon_h1": {"lm_head_multiplier": 2.0},
     "gemma3n_text": {
@@ -332,7 +336,7 @@ def _small(config_class: type[PreTrainedConfig], given: dict) -> PreTrainedConfi
     given = OVERRIDES.get(config_class.model_type, {}) | given
     values = {name: size for size, text in (*SIZES.items(), *THRESHOLDS.items()) for name in text.split() if name in names}
     values |= {name: value for name, value in SWITCHES.items() if name in names}
-    values |= {name: 0.0 for name in names if _is_noise(name, getattr(config_class, name, None))}
+    values |= {name: NOISE for name in names if _is_noise(name, getattr(config_class, name, None))}
     values |= _kinds_of_layers(config_class, names)
     if {"kv_lora_rank", "num_key_value_heads"} <= names:  # latent attention has a key and a value for every query head
         values["num_key_value_heads"] = values["num_attention_heads"]
@@ -347,7 +351,7 @@ def _small(config_class: type[PreTrainedConfig], given: dict) -> PreTrainedConfi
 
 
 def _is_noise(name: str, value) -> bool:
-    return isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter"))
+    return isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise"))
 
 
 def _kinds_of_layers(config_class: type[PreTrainedConfig], names: set[str]) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from architectures import config_of, make_model
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import add_fused_lm_head
 
 from precompute.scorer.model import load_model
 from precompute.scorer.packing import Sequence
@@ -27,6 +27,7 @@ from precompute.scorer.rope import refuse_dynamic, refuse_mixed
 from precompute.scorer.scoring import score
 from precompute.scorer.self_test import self_test
 from store.errors import InputError
+from train import dropout
 from train.flops import PairFlops
 from train.packed import pack_policy
 from train.self_test import self_test_policy
@@ -134,8 +135,8 @@ class Alone:
 
     @cached_property
     def training(self) -> tuple[list[np.ndarray], PreTrainedModel]:
-        """Log-probs in training, and a model with the gradients of their weighted sum."""
-        model, results = _trainable(self.model), []
+        """Log-probs in evaluation mode, as the reference's are, and a model with the gradients of their weighted sum."""
+        model, results = copy.deepcopy(self.model).requires_grad_(True).eval(), []
         for weight, each in zip(_weights(), sequences(), strict=True):
             logps = plain(model, each)
             (weight * logps.sum()).backward()
@@ -200,12 +201,12 @@ def _weights() -> torch.Tensor:
 
 
 def _trainable(model: PreTrainedModel) -> PreTrainedModel:
-    """As TRL's trainer has it: in training mode without dropout, with gradient checkpointing."""
-    policy = copy.deepcopy(model).requires_grad_(True).train()
-    disable_dropout_in_model(policy)
+    """As the trainer has it: in training mode without what that draws at random, with gradient checkpointing."""
+    policy = copy.deepcopy(model).requires_grad_(True)
     if policy.supports_gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy
+    dropout.turn_off(policy)
+    return policy.train()
 
 
 def _gradients_apart(policy: PreTrainedModel, reference: PreTrainedModel) -> float:
