@@ -84,11 +84,20 @@ void release(void* context) {
   delete block;
 }
 
+// 0xff is NaN in every floating-point type: reading it shows. Of a large block, such as DeepSpeed's buffers of gigabytes, only the ends: the host's
+// pages between them are never touched, which saves most of a training run's time.
+void begin_as_nan(char* data, size_t bytes) {
+  constexpr size_t END = 8 << 20;
+  const size_t head = bytes <= 4 * END ? bytes : END;
+  std::memset(data, 0xff, head);
+  if (head < bytes) std::memset(data + bytes - END, 0xff, END);
+}
+
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     take(current, int64_t(bytes));
     void* data = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
-    if (data) std::memset(data, 0xff, bytes);  // NaN in every floating-point type: reading it shows
+    if (data) begin_as_nan(static_cast<char*>(data), bytes);
     return {data, new Block{current, int64_t(bytes), data, {}}, &release, Device(CUDA, current)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
