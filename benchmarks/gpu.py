@@ -232,8 +232,8 @@ def _compiled(measure):
     from precompute.scorer.compiled import named_compiler, use_compiler
     from store.errors import InputError
 
-    use_compiler(True, layout="packed")
     try:
+        use_compiler(True, layout="packed")
         with named_compiler():
             return measure()
     except InputError as error:
@@ -351,17 +351,8 @@ def part_several() -> None:
         parts = sorted(path.name for path in (folder / "one").glob("part-*.parquet"))
         same = [name for name in parts if (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()]
         print(f"- {len(same)} of {len(parts)} shards are the same bytes from one worker and from two")
-        train = [
-            "train",
-            "--ref-store",
-            folder / "two",
-            "--output-dir",
-            folder / "run",
-            "--max-steps",
-            3,
-            "--effective-batch-size",
-            8,
-        ]
+        train = ["train", "--ref-store", folder / "two", "--output-dir", folder / "run"]
+        train += ["--max-steps", 3, "--effective-batch-size", 8, "--tokens-per-batch", 4096]
         seconds = _command([*train, "--num-processes", 2, "--save-strategy", "no"])
         print(f"- `train --num-processes 2`, three steps of 8 pairs: {seconds:.0f} s, start included\n")
         if len(same) < len(parts):
@@ -381,7 +372,8 @@ def part_training(shape: str) -> None:
     import pyarrow.parquet as pq
     import torch
 
-    small, world = shape == "tiny", torch.cuda.device_count()
+    small = shape == "tiny"
+    world = 1 if small else torch.cuda.device_count()  # each process is started for each contender
     longest, vocabulary = (128, 1000) if small else (4096, 100_278)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -423,9 +415,8 @@ def part_training(shape: str) -> None:
             f"Shape {shape}, random weights; the first step is left out. Times are seconds of the clock per pair.\n\n```",
             flush=True,
         )
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT / "benchmarks", env=os.environ | {"PYTHONPATH": _path()}, check=False
-        )
+        env = os.environ | {"PYTHONPATH": _path()} | ({"CUDA_VISIBLE_DEVICES": "0"} if small else {})
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT / "benchmarks", env=env, check=False)
         print("```\n", flush=True)
         if done.returncode:
             raise SystemExit(f"benchmarks/training.py ended with {done.returncode}")

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,11 +41,14 @@ def environment(num_gpus: int, gib: float = 4.0) -> dict[str, str]:
 
 
 def run(command: list, env: dict[str, str], code: int = 0) -> str:
-    """What the command writes, both streams in one; it must end with `code`."""
-    command = [sys.executable, *map(str, command)]
+    """What the command writes, both streams in one; it must end with `code`. Says how long it took: docs/gpu.md has a list."""
+    words, before = [sys.executable, *map(str, command)], resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        command, check=False, env=env, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200
+        words, check=False, env=env, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200
     )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"\n{seconds:.0f} CPU seconds: {' '.join(Path(word).name for word in words[1:])[:100]}")
     assert done.returncode == code, done.stdout[-8000:]
     return done.stdout
 
@@ -149,7 +153,7 @@ def worker(launcher: subprocess.Popen, rank: int) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_train_evaluate_stop_and_go_on(store, folder):
-    """Two steps; then the second again, from the first one's checkpoint: the same weights."""
+    """Two steps; then the second again, from the first one's checkpoint, without measuring again what fits: the same weights."""
     command = ["cli.py", "train", "--ref-store", store, "--max-steps", 2, "--save-steps", 1, "--effective-batch-size", 4]
     command += ["--eval-fraction", 0.2, "--eval-steps", 1, "--learning-rate", 1e-4, "--warmup-ratio", 0, "--output-dir"]
     said = run([*command, folder / "run"], environment(2))
@@ -162,7 +166,9 @@ def test_two_ranks_train_evaluate_stop_and_go_on(store, folder):
 
     shutil.copytree(folder / "run" / "checkpoint-1", folder / "again" / "checkpoint-1")
     (folder / "again" / "run.json").write_text(json.dumps(record | {"status": "running"}))
-    said = run([*command, folder / "again", "--resume"], environment(2))
+    fitting = ["--tokens-per-batch", record["micro_steps"]["tokens_per_batch"], "--no-gradient-checkpointing"]
+    assert record["memory"]["gradient_checkpointing"] is False
+    said = run([*command, folder / "again", "--resume", *fitting], environment(2))
     assert "resuming from" in said
     once, again = (load_file(folder / name / "model.safetensors") for name in ("run", "again"))
     assert all(torch.equal(once[name], again[name]) for name in once)
@@ -183,8 +189,10 @@ def test_a_task_of_srun_uses_the_only_gpu_it_sees(folder):
 
 @pytest.mark.slow
 def test_the_whole_report(tmp_path):
-    """`make gpu` on two GPUs, with more time than a real one takes: every part succeeds, tests/on_gpu/training.py with the first."""
-    run(["benchmarks/gpu.py", "--minutes", "100", "--output", tmp_path / "report.md"], environment(2))
+    """`make gpu` on two GPUs, with more time than a real one takes: every part succeeds, tests/on_gpu/training.py with the first. Of
+    tests/on_gpu/scoring.py, all of which test_scoring runs, the first part has what counts."""
+    few = {"PYTEST_ADDOPTS": "-k 'training or launches'"}
+    run(["benchmarks/gpu.py", "--minutes", "100", "--output", tmp_path / "report.md"], environment(2) | few)
     head, *parts = (tmp_path / "report.md").read_text().split("\n## ")
     assert head.startswith("# NVIDIA") and "| GPUs | 2 |" in head
     text = {part.split("\n", 1)[0]: part for part in parts}

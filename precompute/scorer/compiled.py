@@ -6,6 +6,7 @@ graphs again in the backward. Embeddings, the last norm and the head are not par
 """
 
 import functools
+import importlib.util
 from contextlib import contextmanager
 
 import torch
@@ -24,10 +25,18 @@ _wanted = False
 
 
 def use_compiler(wanted: bool, *, layout: str) -> None:
-    """Let packed rows run compiled layers from now on, or not. Raises InputError for another layout."""
+    """Let packed rows run compiled layers from now on, or not. Raises InputError for another layout, and on a GPU without Triton."""
     global _wanted
     if wanted and layout != "packed":
         raise InputError("belongs to the packed layout", where="--torch-compile", next="Leave it out, or use --layout packed.")
+    if wanted and torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        raise InputError(
+            "torch.compile writes its kernels for GPUs with Triton, which is not installed",
+            where="--torch-compile",
+            expected="the package triton, which PyTorch's builds for CUDA bring along",
+            found=f"torch {torch.__version__} without it",
+            next="Leave it out, or: uv pip install triton",
+        )
     _wanted = wanted
     if wanted:
         torch._dynamo.config.recompile_limit = MOST_VARIANTS

@@ -26,14 +26,17 @@ def masked_scores(query, key, cu_queries, cu_keys, is_causal, scale, left, right
         for start in range(first, last, BLOCK):
             queries = slice(start, min(start + BLOCK, last))
             place = torch.arange(queries.start, queries.stop) - last + num_keys
-            distance = torch.arange(num_keys) - place[:, None]
+            begin = max(0, int(place[0]) - left) if left >= 0 else 0
+            end = min(num_keys, int(place[-1]) + 1 + right) if right >= 0 else num_keys
+            seen = slice(keys.start + begin, keys.start + end)  # by any query of the block
+            distance = torch.arange(begin, end) - place[:, None]
             unseen = torch.zeros_like(distance, dtype=torch.bool)
             if left >= 0:
                 unseen |= distance < -left
             if right >= 0:
                 unseen |= distance > right
-            scores = torch.einsum("qhd,khd->hqk", query[queries], for_each_query_head(key[keys], query)) * scale
-            yield queries, keys, scores.masked_fill(unseen, -torch.inf)
+            scores = torch.einsum("qhd,khd->hqk", query[queries], for_each_query_head(key[seen], query)) * scale
+            yield queries, seen, scores.masked_fill(unseen, -torch.inf)
 
 
 def for_each_query_head(keys_or_values, query):

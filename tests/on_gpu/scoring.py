@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo3Config
 
 from precompute.scorer import attention, budget
 from precompute.scorer.attention import packed_attention, packed_hidden
+from precompute.scorer.compiled import compiler_wanted, use_compiler
 from precompute.scorer.model import weights_sha256
 from precompute.scorer.norms import fused_norms
 from precompute.scorer.packing import Sequence, pack
@@ -185,7 +186,7 @@ def test_norms_of_one_operator_keep_and_launch_less_in_training(checkpointing):
 @counted
 def test_auto_takes_what_fits_and_less_where_more_was_predicted(monkeypatch):
     """A model that takes 48 kB per token, on a device with room for some thousand."""
-    sizes = {"hidden_size": 64, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 384}
+    sizes = {"hidden_size": 16, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 384}
     config = LlamaConfig(**sizes, max_position_embeddings=1 << 14)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False).to(DEVICE)
     taken = torch.empty(torch.cuda.mem_get_info(DEVICE)[0] - 256 * MIB, dtype=torch.uint8, device=DEVICE)
@@ -206,6 +207,14 @@ def test_auto_takes_what_fits_and_less_where_more_was_predicted(monkeypatch):
 
 
 @counted
+def test_a_compiler_without_triton_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--torch-compile: .*Triton, which is not installed.*uv pip install triton"):
+        use_compiler(True, layout="packed")
+    assert not compiler_wanted()
+
+
+@counted
 def test_the_made_up_gpu_refuses_what_a_gpu_refuses():
     here, there = torch.ones(2, 3, device=DEVICE), torch.ones(2, 3)
     for other in (there, there.to("cuda:0")):
@@ -219,6 +228,8 @@ def test_the_made_up_gpu_refuses_what_a_gpu_refuses():
                 operator(here, other)
     assert (here + there.sum()).device == DEVICE  # a single number is taken along
     assert torch.empty(4, device=DEVICE).isnan().all()
+    large = torch.empty(100 * MIB, dtype=torch.float32, device=DEVICE)
+    assert large[: 2 * MIB].isnan().all() and large[-2 * MIB :].isnan().all()
     with pytest.raises(torch.cuda.OutOfMemoryError):
         torch.empty(1 << 40, dtype=torch.uint8, device=DEVICE)
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
