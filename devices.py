@@ -38,15 +38,22 @@ def num_gpus() -> int:
     if chosen is not None:
         found.append(f"CUDA_VISIBLE_DEVICES={chosen}")
     found += [" ".join(str(each.message).split())[:300] for each in said][-1:]
+    # Slurm sets CUDA_VISIBLE_DEVICES for every job. It is to blame where the driver counts no GPU behind it and has nothing else to say.
+    masked = chosen is not None and not counted and not said
     if torch.version.cuda is None:
-        remedy = "Install PyTorch for CUDA: uv pip install --reinstall torch --torch-backend=auto."
-    elif chosen is not None:
-        remedy = "Name GPUs that this machine has: nvidia-smi lists them."
+        expected, remedy = (
+            "a PyTorch built for CUDA",
+            "Install PyTorch for CUDA: uv pip install --reinstall torch --torch-backend=auto.",
+        )
+    elif masked:
+        expected = f"GPUs of this machine in CUDA_VISIBLE_DEVICES, and a driver for CUDA {torch.version.cuda} or newer"
+        remedy = "Name GPUs that this machine has: nvidia-smi -L lists them."
     else:
+        expected = f"a driver for CUDA {torch.version.cuda} or newer"
         remedy = "Install PyTorch for the driver's CUDA (uv pip install --reinstall torch --torch-backend=auto), or a newer driver."
     raise InputError(
         f"{there} GPU{'s are' if there > 1 else ' is'} here, but PyTorch cannot use {'them' if there > 1 else 'it'}",
-        expected=f"a driver for CUDA {torch.version.cuda} or newer" if torch.version.cuda else "a PyTorch built for CUDA",
+        expected=expected,
         found=", ".join(found),
         next=f"{remedy} {ON_PURPOSE}",
     )
@@ -125,11 +132,11 @@ def describe(where, num_processes: int, per_process: int = 1) -> str:
 def _shares_its_gpus(number: int) -> bool:
     """Whether the GPUs that this process sees are those of other local processes as well, each of which wants `number`. A launcher's processes
     all see the same; a task of srun may have its own."""
-    environ = os.environ
-    if "TORCHELASTIC_RUN_ID" in environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
-    tasks = int(re.match(r"\d*", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0] or 1)
-    return tasks * number > int(environ.get("SLURM_GPUS_ON_NODE") or tasks * number)
+    tasks = int(re.match(r"\d*", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0] or 1)
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "").strip()
+    return gpus.isdigit() and tasks * number > int(gpus)
 
 
 def _openable_gpus() -> list[Path]:

@@ -110,6 +110,15 @@ def test_a_gpu_that_does_not_exist_was_chosen(machine):
         devices.num_gpus()
 
 
+@pytest.mark.parametrize("visible", ["0,1,2,3", "GPU-8f6d3a51-0b2e", "MIG-3c1d"])
+def test_a_driver_that_is_too_old_in_a_job_of_slurm(machine, visible):
+    """Slurm names the job's GPUs in every job; they are not what is wrong."""
+    machine(counted=4, files=4, said=TOO_OLD, visible=visible)
+    with pytest.raises(InputError, match=r"; expected a driver for CUDA 13.0 or newer; .*or a newer driver") as error:
+        devices.num_gpus()
+    assert "nvidia-smi" not in str(error.value)
+
+
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     """What to type, by command; the folder in which nothing may appear."""
@@ -209,6 +218,7 @@ SRUN = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
         ({**SRUN, "SLURM_GPUS_ON_NODE": "1"}, True),  # srun --ntasks-per-node=4 --gpus=1: one for all
         (SRUN, False),
         ({}, False),  # a process to which somebody gave its own GPU
+        ({**SRUN, "SLURM_GPUS_ON_NODE": "gpu:2"}, False),  # nothing that Slurm sets, and no reason to end in a traceback
         ({"TORCHELASTIC_RUN_ID": "1", **SRUN, "SLURM_GPUS_ON_NODE": "4"}, True),  # torchrun's ranks see the same
     ],
 )
