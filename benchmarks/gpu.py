@@ -15,9 +15,11 @@ the next goes on; the exit code is then 1.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,15 +46,20 @@ KINDS = {
 
 
 def machine() -> dict:
+    import devices
+    from store.errors import InputError
+
+    try:
+        device = devices.device(0)
+    except InputError as error:  # before the libraries are loaded
+        raise SystemExit(f"Error: {error}") from None
+    if device.type != "cuda":
+        raise SystemExit("Error: there is no GPU here; make gpu is about them.")
+
     import torch
     import transformers
     import trl
 
-    import devices
-
-    device = devices.device(0)
-    if device.type != "cuda":
-        raise SystemExit("Error: there is no GPU here; make gpu is about them.")
     memory = torch.cuda.get_device_properties(0).total_memory
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -441,9 +448,11 @@ def run_part(name: str, shapes: tuple[str, str], seconds: float) -> tuple[str, b
             code = process.wait(max(seconds, 1))
             problem = f"ended with exit code {code}" if code else None
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # its own session: what it started goes with it
-            process.wait()
             problem = f"took longer than {seconds:.0f} s"
+        finally:  # it has a session of its own: what it started goes with it, and on Ctrl-C nothing stays on the GPU
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         out.seek(0)
         err.seek(0)
         text, last = out.read(), err.read().strip()[-1500:]
@@ -452,6 +461,19 @@ def run_part(name: str, shapes: tuple[str, str], seconds: float) -> tuple[str, b
             text += "```\n"
         text += f"\n**This part {problem}.**\n\n```\n{last}\n```\n"
     return text, problem is None
+
+
+def write(output: Path, text: str) -> None:
+    """The report so far, whole or as it was. Where it cannot be written it is printed, and SystemExit says why."""
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        os.replace(partial, output)
+    except OSError as error:
+        print(text)
+        raise SystemExit(f"Error: the report cannot be written: {error}. Make room, or name another place: --output FILE") from None
 
 
 def main() -> None:
@@ -464,25 +486,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="[default: runs/gpu/<device>.md]")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := [name for name in args.parts.split(",") if name not in PARTS]:
+        parser.error(f"--parts {','.join(unknown)}: no such part; there are {', '.join(PARTS)}")
+    if args.shapes and args.shapes.count(",") != 1:
+        parser.error(f"--shapes {args.shapes}: two are needed, of what is scored and of what is trained, such as 7B,7B/4")
     if args.part:
         shape = dict(zip(("scoring", "training"), args.shapes.split(","), strict=True))
         shape["profile"] = shape["training"]
         work = globals()[f"part_{args.part}"]
         return work(shape[args.part]) if args.part in shape else work()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that run_part ends its part
     end = time.monotonic() + 60 * args.minutes
     about = machine()
     shapes = tuple(args.shapes.split(",")) if args.shapes else shapes_for(float(about["memory"].split()[0]))
     output = args.output or ROOT / "runs" / "gpu" / f"{re.sub(r'[^A-Za-z0-9]+', '-', about['device']).strip('-')}.md"
-    output.parent.mkdir(parents=True, exist_ok=True)
     text = f"# {about['device']}\n\n" + table(["what", "found"], [[name, value] for name, value in about.items()])
+    write(output, text)  # a folder that cannot be written is seen before eight minutes are spent
     failed = []
     for name in args.parts.split(","):
         print(f"{name} …", flush=True)
         markdown, good = run_part(name, shapes, min(PARTS[name] * args.minutes / 8, end - time.monotonic()))
         failed += [] if good else [name]
         text += f"\n## {name.capitalize()}\n\n{markdown}"
-        output.write_text(re.sub(r"\n{3,}", "\n\n", text))  # what is done stays if the rest is cut short
+        write(output, text)  # what is done stays if the rest is cut short
     print(f"report: {output}")
     if failed:
         print(f"failed: {', '.join(failed)}; the report says how")

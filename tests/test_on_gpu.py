@@ -221,3 +221,63 @@ def test_the_report_goes_on_past_a_part_that_fails(tmp_path):
     profiled, scored = report[report.index("## Profile") :].split("## Scoring")
     assert "**This part ended with exit code 1.**" in profiled and "KeyError: 'none'" in profiled
     assert "| 512 |" in scored and re.search(r"`--tokens-per-batch auto` chose [\d,]+ tokens", scored) and "**" not in scored
+
+
+def of_report(code: str, *arguments) -> subprocess.Popen:
+    """A process that has imported benchmarks/gpu.py; it imports no torch."""
+    command = [sys.executable, "-c", f"import gpu, sys; from pathlib import Path; {code}", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(TESTS.parent / "benchmarks")}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_part_does_not_outlive_the_command(tmp_path, sent):
+    """Else it would stay on the GPU."""
+    (tmp_path / "part.py").write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "Path(__file__).with_name('new').write_text(str(os.getpid()))\n"
+        "Path(__file__).with_name('new').rename(Path(__file__).with_name('pid'))\n"
+        "time.sleep(600)\n"
+    )
+    code = "gpu.__file__ = sys.argv.pop(); gpu.machine = lambda: {'device': 'none', 'memory': '1 GiB'}; gpu.main()"
+    arguments = ["--parts", "several", "--output", tmp_path / "report.md", tmp_path / "part.py"]
+    with of_report(code, *arguments) as process:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(sent)
+        assert process.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert (tmp_path / "report.md").read_text().startswith("# none")
+
+
+def test_the_report_is_printed_where_it_cannot_be_written(tmp_path):
+    """A folder in place of the file, as a full disk would: OSError."""
+    (tmp_path / "report.md").mkdir()
+    said, error = of_report("gpu.write(Path(sys.argv[1]), '# NVIDIA')", tmp_path / "report.md").communicate(timeout=60)
+    assert said.startswith("# NVIDIA")
+    assert error.startswith("Error: the report cannot be written: ") and "--output FILE" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--parts", "scoring,none"], "--parts none: no such part; there are parity, scoring"),
+        (["--shapes", "7B"], "--shapes 7B: two are needed"),
+    ],
+)
+def test_words_that_the_report_does_not_know(words, text):
+    assert text in of_report("gpu.main()", *words).communicate(timeout=60)[1]
+
+
+def test_a_report_about_gpus_that_cannot_be_used(tmp_path):
+    """One line, as every command's."""
+    code = "import devices; from store.errors import InputError\n"
+    code += (
+        "def refuse(rank): raise InputError('4 GPUs are here, but PyTorch cannot use them')\ndevices.device = refuse; gpu.main()"
+    )
+    error = of_report(code, "--output", tmp_path / "report.md").communicate(timeout=60)[1]
+    assert [line for line in error.splitlines() if "Error" in line] == ["Error: 4 GPUs are here, but PyTorch cannot use them."]
+    assert not (tmp_path / "report.md").exists()
