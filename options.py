@@ -9,6 +9,7 @@ that is itself a dataclass stands for its fields. A field without an Option is n
 import inspect
 import json
 import math
+import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -83,6 +84,27 @@ class StorePath(click.Path):
             with bar("copying", "shards") as progress:
                 return local_copy(value, progress)
         return super().convert(value, param, ctx)
+
+
+class NamedStore(StorePath):
+    """The same as text, with or without a name: `PATH` or `NAME=PATH`."""
+
+    name = "[NAME=]PATH"
+    repeatable = True
+
+    def convert(self, value, param, ctx):
+        name, path = named(str(value))
+        path = super().convert(path, param, ctx)
+        return f"{name}={path}" if name else str(path)
+
+    def get_metavar(self, param, ctx):
+        return self.name
+
+
+def named(text: str) -> tuple[str, str]:
+    """`NAME=PATH` -> both; the name is empty where there is none."""
+    found = re.fullmatch(r"([\w.-]+)=(.+)", text)
+    return (found[1], found[2]) if found else ("", text)
 
 
 class LocalStorePath(click.Path):
@@ -237,7 +259,7 @@ def _options(name: str, flags: tuple[str, ...], kind: Any, mark: Option, default
         if mark.default is None:
             return [click.Option([name, *flags], is_flag=True, **more)]
         return [click.Option([name, f"{flags[0]}/--no-{flags[0].lstrip('-')}", *flags[1:]], default=None, **more)]
-    multiple = mark.type is None and get_origin(kinds[0]) is tuple
+    multiple = get_origin(kinds[0]) is tuple and (mark.type is None or getattr(mark.type, "repeatable", False))
     if multiple:
         kinds = [get_args(kinds[0])[0]]
         more.pop("default", None)

@@ -52,8 +52,8 @@ def check_train(config: TrainConfig, reference: dict[str, Any], world: int) -> N
             where=f"--max-length {config.max_length}",
             expected=f"at most {reference['max_length']}",
         )
-    if config.eval_ref_store is not None:
-        refuse_non_store(config.eval_ref_store)
+    for store in config.eval_stores.values():
+        refuse_non_store(store)
     accumulation = config.accumulation_steps(world)
     refuse_contradictions(config, config.dtype or reference["dtype"], accumulation, config.pairs_per_step(world))
     if record.finished(config.output_dir) is not None:

@@ -120,7 +120,13 @@ def _check_schedule(config: Any) -> None:
         "a number between 0 and 1",
         config.eval_fraction,
     )
-    if config.eval_fraction is not None and config.eval_ref_store is not None:
+    if len(config.eval_stores) < len(config.eval_ref_store):
+        raise InputError(
+            "two stores of one name",
+            where=f"--eval-ref-store {', '.join(config.eval_ref_store)}",
+            next="Name them: --eval-ref-store NAME=PATH.",
+        )
+    if config.eval_fraction is not None and config.eval_ref_store:
         raise InputError("both are given", where="--eval-fraction, --eval-ref-store", expected="one of the two")
     if config.eval_steps is not None and not config.evaluates:
         raise InputError(

@@ -4,7 +4,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from options import FILE, STORE_TO_READ, IntegerOrAuto, JsonObject, Numbers, Option, StorePath
+from options import FILE, STORE_TO_READ, IntegerOrAuto, JsonObject, NamedStore, Numbers, Option, named
 from precompute.scorer import AttentionKernel, Layout
 from presets import Preset
 from store import DTYPES
@@ -46,9 +46,14 @@ class TrainConfig:
     ref_store: Annotated[Path, replace(STORE_TO_READ, group=PAIRS)]
     """Sealed store with the pairs and their reference log-probs."""
     eval_ref_store: Annotated[
-        Path | None,
-        Option("A second store, made with the same model, to evaluate on.", PAIRS, type=StorePath(), instead_of=("eval_fraction",)),
-    ] = None
+        tuple[str, ...],
+        Option(
+            "Another store, made with the same model, to evaluate on. Repeatable: each is then evaluated by its NAME, or its folder's.",
+            PAIRS,
+            type=NamedStore(),
+            instead_of=("eval_fraction",),
+        ),
+    ] = ()
     where: Annotated[
         str | None, Option("Train only on pairs for which this SQL condition over the store's columns holds.", PAIRS)
     ] = None
@@ -229,7 +234,10 @@ class TrainConfig:
         bool, Option("Save the model of the checkpoint that evaluated best, instead of the last.", RECORDS)
     ] = False
     metric_for_best_model: Annotated[
-        str | None, Option("What decides which evaluation is best.", RECORDS, default="loss", choices=METRICS)
+        str | None,
+        Option(
+            "What decides which evaluation is best; of several stores, that of the first.", RECORDS, default="loss", choices=METRICS
+        ),
     ] = None
     eval_steps: Annotated[int | None, Option("Evaluate every N steps.", RECORDS, default="once per epoch", at_least=1)] = None
     report_to: Annotated[tuple[str, ...], Option(group=RECORDS, default="none", choices=(*REPORTERS, "none"))] = ()
@@ -275,12 +283,17 @@ class TrainConfig:
     load_in_4bit: Annotated[bool, Option("Keep the frozen weights in 4 bits (QLoRA), with bitsandbytes.", LORA)] = False
 
     def __post_init__(self):
-        for name in ("ref_store", "output_dir", "eval_ref_store", "chat_template", "zero_config"):
+        for name in ("ref_store", "output_dir", "chat_template", "zero_config"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("loss_type", "loss_weights", "report_to", "lora_target_modules"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        given = self.eval_ref_store
+        given = (
+            () if given is None else (given,) if isinstance(given, (str, Path)) else given
+        )  # one, or none, as earlier run.json have it
+        object.__setattr__(self, "eval_ref_store", tuple(map(str, given)))
         modules = tuple(name for each in self.lora_target_modules for name in ([each] if is_pattern(each) else each.split(",")))
         object.__setattr__(self, "lora_target_modules", modules)
         check(self)
@@ -288,7 +301,23 @@ class TrainConfig:
     @property
     def evaluates(self) -> bool:
         """Is there anything to evaluate on?"""
-        return self.eval_ref_store is not None or self.eval_fraction is not None
+        return bool(self.eval_ref_store) or self.eval_fraction is not None
+
+    @property
+    def eval_stores(self) -> dict[str, Path]:
+        """`eval_ref_store` by name; one store alone needs none, and then has none."""
+        stores = [named(each) for each in self.eval_ref_store]
+        if len(stores) > 1:
+            stores = [(name or Path(path).name, path) for name, path in stores]
+        return {name: Path(path) for name, path in stores}
+
+    @property
+    def deciding_metric(self) -> str | None:
+        """What decides which evaluation is best, as transformers names it without `eval_`; of several stores the first one's."""
+        if not self.load_best_model_at_end:
+            return None
+        name, metric = next(iter(self.eval_stores), ""), self.metric_for_best_model or "loss"
+        return f"{name}_{metric}" if name else metric
 
     @property
     def by_tokens(self) -> bool:

@@ -86,6 +86,6 @@ def dpo_config(
         save_total_limit=config.save_total_limit,
         save_only_model=config.save_only_model,
         load_best_model_at_end=config.load_best_model_at_end,
-        metric_for_best_model=config.metric_for_best_model,
+        metric_for_best_model=config.deciding_metric,
         **evaluation,
     )

@@ -39,13 +39,11 @@ class Plan:
     """One run, as every rank knows it before it loads anything."""
 
     store: Store
-    eval_store: Store | None
-    """Where the eval pairs are; None: nothing is evaluated."""
     selection: Selection
     train: np.ndarray
     """Positions in `store`, int32 [pairs], in the order asked for."""
-    eval: np.ndarray | None
-    """Positions in `eval_store`."""
+    evals: dict[str, tuple[Store, np.ndarray]]
+    """What is evaluated, by name (empty: it needs none): a store, and positions in it."""
     max_length: int
     policy: Policy
     accumulation: int | None
@@ -70,13 +68,13 @@ def plan(config: TrainConfig, world: int, check: str = "none") -> Plan:
         config.ref_store, config.where, config.order_by, config.eval_fraction, decode, config.where_file, config.weight
     )
     train = fitting(store, max_length, config.ld_alpha, selection.train)
-    eval_store, evaluate = None, None
+    evals = {}
     if config.eval_fraction is not None:
-        eval_store, evaluate = store, fitting(store, max_length, config.ld_alpha, selection.eval)
-    if config.eval_ref_store is not None:
-        eval_store = open_store(config.eval_ref_store, check=check)
+        evals[""] = (store, fitting(store, max_length, config.ld_alpha, selection.eval))
+    for name, path in config.eval_stores.items():
+        eval_store = open_store(path, check=check)
         compare_stores(eval_store, store)
-        evaluate = fitting(eval_store, max_length, config.ld_alpha)
+        evals[name] = (eval_store, fitting(eval_store, max_length, config.ld_alpha))
     if store.identity.scored_turns and "sft" in config.loss_type and accumulation is None:
         raise InputError(
             "sft with micro-batches by tokens weighs whole completions, and the store has the log-probs of some turns",
@@ -93,12 +91,10 @@ def plan(config: TrainConfig, world: int, check: str = "none") -> Plan:
     course = record.started(config, store.identity, asdict(policy), max_length, batch) | {
         "selection": selection.to_json(),
         "num_pairs": len(train),
-        "num_eval_pairs": 0 if evaluate is None else len(evaluate),
+        "num_eval_pairs": sum(len(rows) for _, rows in evals.values()),
         "world_size": world,
     }
-    return Plan(
-        store, eval_store, selection, train, evaluate, max_length, policy, accumulation, batch, checkpoint=checkpoint, course=course
-    )
+    return Plan(store, selection, train, evals, max_length, policy, accumulation, batch, checkpoint=checkpoint, course=course)
 
 
 def refuse_folder(config: TrainConfig, planned: Plan) -> None:

@@ -20,8 +20,10 @@ class ProgressLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or logs is None:
             return
-        if "eval_loss" in logs:
-            print(f"step {state.global_step:,}/{state.max_steps:,} · eval loss {logs['eval_loss']:.4f}", flush=True)
+        # transformers logs each evaluation by itself, its seconds among it.
+        for which in (name.removesuffix("_runtime") for name in logs if name.startswith("eval") and name.endswith("_runtime")):
+            title = which.replace("_", " ", 1)
+            print(f"step {state.global_step:,}/{state.max_steps:,} · {title} loss {logs[f'{which}_loss']:.4f}", flush=True)
         if "loss" not in logs:
             return
         elapsed, steps = time.monotonic() - self.started, state.global_step - self.first_step

@@ -194,13 +194,12 @@ def _plan(rank: _Rank) -> Plan:
     return planned
 
 
-def _pairs(rank: _Rank, planned: Plan) -> tuple[Dataset, Dataset | None, Lengths]:
+def _pairs(rank: _Rank, planned: Plan) -> tuple[Dataset, Dataset | dict[str, Dataset] | None, Lengths]:
     """What is trained on, what is evaluated on, and the lengths of the former; says what is unusual about them."""
     config = rank.config
     pairs = dataset_of(planned.store, planned.max_length, config.ld_alpha, planned.train)
-    eval_pairs = None
-    if planned.eval is not None:
-        eval_pairs = dataset_of(planned.eval_store, planned.max_length, config.ld_alpha, planned.eval)
+    evals = {name: dataset_of(store, planned.max_length, config.ld_alpha, rows) for name, (store, rows) in planned.evals.items()}
+    eval_pairs = evals.get("", evals or None)
     if notice := beta_notice(config.loss_type, config.beta):
         rank.say(notice)
     if (preset := PRESETS.get(planned.store.manifest.preset)) is not None and preset.note:
@@ -387,7 +386,7 @@ def _save(rank: _Rank, planned: Plan, trainer: StoreDPOTrainer, result: TrainRes
     """The model, its README.md and run.json."""
     config, best = rank.config, None
     if config.load_best_model_at_end:
-        best = {"step": trainer.state.best_global_step, "metric": config.metric_for_best_model or "loss"}
+        best = {"step": trainer.state.best_global_step, "metric": config.deciding_metric}
         best["value"] = trainer.state.best_metric
         rank.say("of all checkpoints that of step {step} evaluated best, {metric} {value:.4f}: it is saved".format(**best))
     trainer.save_model(str(config.output_dir))

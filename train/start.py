@@ -111,10 +111,10 @@ def _refuse_what_is_needed(config: TrainConfig, planned: Plan, options: str | No
         "--chat-template": config.chat_template,
         "--zero-config": config.zero_config,
         "--ref-store": config.ref_store,
-        "--eval-ref-store": config.eval_ref_store,
     }
+    everything = [*needed.items(), *(("--eval-ref-store", path) for path in config.eval_stores.values())]
     folder = config.output_dir.resolve()
-    for option, path in needed.items():
+    for option, path in everything:
         if path is not None and Path(path).exists() and (folder == Path(path).resolve() or folder in Path(path).resolve().parents):
             raise InputError(
                 f"would remove what the run starts from, {option} {path}",

@@ -65,7 +65,7 @@ class StoreDPOTrainer(DPOTrainer):
         model: PreTrainedModel,
         args: DPOConfig,
         train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
         lengths: Lengths | None = None,
@@ -158,8 +158,9 @@ class StoreDPOTrainer(DPOTrainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         loss, metrics = evaluate(self, dataloader.dataset, self.args.process_index, self.args.world_size)
-        self._metrics["eval"].update(metrics)
-        # TRL adds its metrics where they are logged; `metric_for_best_model` is looked up here.
+        if metric_key_prefix == "eval":
+            self._metrics["eval"].update(metrics)
+        # TRL adds its metrics where they are logged, under one name for all stores; `metric_for_best_model` is looked up here.
         means = {f"{metric_key_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()}
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss} | means, len(dataloader.dataset))
 
