@@ -74,6 +74,24 @@ inline Floats exp2_of(Floats x) {
     return power * scale;
 }
 
+// e^x for x <= 0. The product with log2(e) is taken in two parts, so that its rounding does not grow with x.
+inline Floats exp_of(Floats x) {
+    const Floats least = all(-87.0f), round = all(12582912.0f);
+    x = x < least ? least : x;
+    const Floats rounded = (x * all(LOG2_E) + round) - round;
+    // ln 2 in two parts, the first of which has few enough bits that its product with an exponent is exact.
+    const Floats rest = (x - rounded * all(0.693359375f)) - rounded * all(-2.12194440e-4f);
+    Floats power = all(1.0f / 5040);
+    for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) power = power * rest + all(coefficient);
+    Ints exponent;
+    const Floats shifted = rounded + round;
+    memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = (exponent - 0x4B400000 + 127) << 23;
+    Floats scale;
+    memcpy(&scale, &exponent, sizeof scale);
+    return power * scale;
+}
+
 // Uninitialized floats at a cache line's beginning.
 struct Free {
     void operator()(float* memory) const { operator delete[](memory, std::align_val_t(64)); }
@@ -535,19 +553,19 @@ void fold_logits(const float* x, int64_t stride, const int64_t* targets, float* 
             return result;
         };
         const float most = largest(width);
-        const Floats log2_e = all(LOG2_E);
-        Floats exps = {}, weighted = {}, squares = {}, plain = {};
+        Floats exps = {}, weighted = {}, squares = {};
+        double plain = 0;  // a mean logit is near zero, what is added up is not
         const auto add = [&](Floats values, Floats counted) {
-            const Floats e = exp2_of((values - all(most)) * log2_e) * counted;
+            const Floats e = exp_of(values - all(most)) * counted;
             exps += e;
             weighted += e * values;
             squares += e * e;
-            plain += values * counted;
+            plain += sum(values * counted);
         };
         for (int64_t i = 0; i < whole; i += LANES) add(load(from + i), all(1.0f));
         for (int64_t i = whole; i < width; i++) add(all(from[i]), Floats{1.0f});
         float* to = out + row * 6;
-        to[0] = most, to[1] = sum(exps), to[2] = sum(weighted), to[3] = sum(squares), to[4] = sum(plain);
+        to[0] = most, to[1] = sum(exps), to[2] = sum(weighted), to[3] = sum(squares), to[4] = plain;
         to[5] = target == width ? most : largest(target);
     }
 }
@@ -562,7 +580,7 @@ void logits_gradient(float* x, int64_t stride, const int64_t* targets, const flo
         const int64_t whole = width / LANES * LANES;
         const auto gradient = [&](Floats values) {
             const Floats l = values - all(log_sums[row]);
-            return -exp2_of(l * all(LOG2_E)) * (all(grad[row]) + all(grad_entropy[row]) * (l + all(entropy[row])));
+            return -exp_of(l) * (all(grad[row]) + all(grad_entropy[row]) * (l + all(entropy[row])));
         };
         for (int64_t i = 0; i < whole; i += LANES) store(own + i, gradient(load(own + i)));
         for (int64_t i = whole; i < width; i++) own[i] = gradient(all(own[i]))[0];
