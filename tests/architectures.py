@@ -98,6 +98,8 @@ OVERRIDES: dict[str, dict] = {
     },
     "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "dots3_note_vision_encoder": {"adapter_out_dim": 64, "adapter_in_dim": 64},
+    # With another dropout the self-test before training refuses it: some of it is not turned off.
+    **{name: {"dropout": 0.0} for name in ("blt_patcher", "blt_local_encoder", "blt_local_decoder", "blt_global_transformer")},
     "diffllama": {"attention_dropout": 0.0},  # it refuses another
     "doge": {"sliding_window": None},
     "falcon_h1": {"lm_head_multiplier": 2.0},
