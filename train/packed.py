@@ -19,7 +19,6 @@ from precompute.scorer.api import (
     NAME,
     compiler_wanted,
     head_of,
-    head_values,
     packed_attention,
     refuse_unpackable,
     replaced,
@@ -35,7 +34,7 @@ from train.metrics import OfTokens
 from train.rows import Arranged, Row, arrange
 
 VOCABULARY_TILE = {"cpu": 2048, "cuda": 32768}
-"""Vocabulary entries whose logits exist at a time in TRL's head: what stays in a CPU's cache (bfloat16), and TRL's own choice."""
+"""Vocabulary entries whose logits exist at a time in TRL's head: what stays in a CPU's cache, and TRL's own choice."""
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL's head computes per completion token, in the order its kernel returns them."""
@@ -158,12 +157,8 @@ def _on_grid(values: torch.Tensor | None, places: torch.Tensor, grid: tuple[int,
 
 
 def _head_values(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, outputs: tuple[str, ...]) -> tuple:
-    """hidden [N, D], targets int64 [N] -> PER_TOKEN values [N] each, None for those not in `outputs`: TRL's own kernel, but for float32 on a CPU,
-    where one pass over the logits does (precompute/scorer/cpu_head.py)."""
+    """hidden [N, D], targets int64 [N] -> PER_TOKEN values [N] each, None for those not in `outputs`: TRL's own kernel."""
     head, after = model.get_output_embeddings(), head_of(model)
-    if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
-        values = dict(zip(PER_TOKEN, head_values(hidden, head, after, targets), strict=True))
-        return tuple(values[name] if name == "log_probs" or name in outputs else None for name in PER_TOKEN)
     temperature = 1.0
     tile = VOCABULARY_TILE[hidden.device.type]
     return ChunkedLogProbFunction.apply(

@@ -17,7 +17,6 @@ from precompute.scorer.attention import (
 from precompute.scorer.budget import MOST, SHARE, MemoryWatch, enough_memory, free_memory, largest_budget
 from precompute.scorer.compiled import advice, compiler_wanted, named_compiler, use_compiled_layers, use_compiler
 from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory, use_fast_linears
-from precompute.scorer.cpu_head import head_values
 from precompute.scorer.forwards import replaced
 from precompute.scorer.head import head_of
 from precompute.scorer.kernels import library

@@ -3,8 +3,8 @@
 Each branch sees its context and itself, causally, and within the layer's sliding window if it has one. Which of these a layer has is read from
 the mask that the model asks transformers for, as its plain forward does, and never from an argument that the plain forward ignores.
 On a GPU this is one `torch.nn.attention.varlen.varlen_attn` call per layer: flash attention that ships with PyTorch, bottom-right causal, which
-is what a branch over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) in float32; in another dtype PyTorch's
-flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps.
+is what a branch over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) when scoring in float32; with gradients, or
+in another dtype, PyTorch's flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps.
 What these kernels lack (soft-capped scores, sinks on a CPU, float32 or wide heads on a GPU) is computed block by block. No mask matrix of a
 whole row exists.
 """
@@ -283,7 +283,7 @@ class _VarlenWithSinks(torch.autograd.Function):
 
 
 def _attend_cpu(query, key, value, scaling, window, layout: PackedLayout) -> torch.Tensor:
-    if query.dtype == torch.float32:
+    if query.dtype == torch.float32 and torch.is_inference_mode_enabled():
         return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=window)
     results = []
     for branch in layout.branches:
