@@ -25,22 +25,22 @@ def test_each_store_is_evaluated_by_its_name_and_the_first_decides(tmp_path, cap
         eval_steps=1,
         save_steps=1,
         load_best_model_at_end=True,
-        eval_ref_store=(f"far.off={tmp_path / 'moved'}", tmp_path / "other"),
+        eval_ref_store=(f"eval_far.off={tmp_path / 'moved'}", tmp_path / "other"),
     )
     with one_rank():
         train(config)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    expected = {"far.off": -math.log(1 / (1 + math.exp(0.1 * 2.0))), "other": math.log(2)}
+    expected = {"eval_far.off": -math.log(1 / (1 + math.exp(0.1 * 2.0))), "other": math.log(2)}
     logged = {name: value for entry in run["log_history"] for name, value in entry.items() if name.startswith("eval")}
     losses = {name.removeprefix("eval_").removesuffix("_loss"): logged[name] for name in logged if name.endswith("_loss")}
     assert losses == pytest.approx(expected, abs=1e-5)
-    assert logged["eval_far.off_rewards/margins"] == pytest.approx(-0.2, abs=1e-5)
+    assert logged["eval_eval_far.off_rewards/margins"] == pytest.approx(-0.2, abs=1e-5)
     assert logged["eval_other_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     assert not any(name.startswith(("eval_rewards", "eval_logps")) for name in logged)  # of which store?
     assert run["num_eval_pairs"] == 11
-    assert run["best"] == {"step": 1, "metric": "far.off_loss", "value": pytest.approx(expected["far.off"], abs=1e-5)}
+    assert run["best"] == {"step": 1, "metric": "eval_far.off_loss", "value": pytest.approx(expected["eval_far.off"], abs=1e-5)}
     said = capsys.readouterr().out
-    assert f"step 1/1 · eval far.off loss {expected['far.off']:.4f}\n" in said
+    assert f"step 1/1 · eval eval_far.off loss {expected['eval_far.off']:.4f}\n" in said
     assert f"step 1/1 · eval other loss {expected['other']:.4f}\n" in said
 
 

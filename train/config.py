@@ -289,11 +289,10 @@ class TrainConfig:
         for name in ("loss_type", "loss_weights", "report_to", "lora_target_modules"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        given = self.eval_ref_store
-        given = (
-            () if given is None else (given,) if isinstance(given, (str, Path)) else given
-        )  # one, or none, as earlier run.json have it
-        object.__setattr__(self, "eval_ref_store", tuple(map(str, given)))
+        stores = self.eval_ref_store or ()
+        if isinstance(stores, (str, Path)):  # as earlier run.json have the one
+            stores = (stores,)
+        object.__setattr__(self, "eval_ref_store", tuple(map(str, stores)))
         modules = tuple(name for each in self.lora_target_modules for name in ([each] if is_pattern(each) else each.split(",")))
         object.__setattr__(self, "lora_target_modules", modules)
         check(self)
@@ -313,7 +312,7 @@ class TrainConfig:
 
     @property
     def deciding_metric(self) -> str | None:
-        """What decides which evaluation is best, as transformers names it without `eval_`; of several stores the first one's."""
+        """What decides which evaluation is best, as it is logged, without `eval_`; of several stores the first one's."""
         if not self.load_best_model_at_end:
             return None
         name, metric = next(iter(self.eval_stores), ""), self.metric_for_best_model or "loss"

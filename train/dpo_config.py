@@ -86,6 +86,7 @@ def dpo_config(
         save_total_limit=config.save_total_limit,
         save_only_model=config.save_only_model,
         load_best_model_at_end=config.load_best_model_at_end,
-        metric_for_best_model=config.deciding_metric,
+        # In full: transformers adds `eval_` to a name that does not begin with it, and a store's may.
+        metric_for_best_model=None if config.deciding_metric is None else f"eval_{config.deciding_metric}",
         **evaluation,
     )

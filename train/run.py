@@ -360,7 +360,7 @@ def _take_steps(
         args.eval_on_start = evaluation_is_due(state, args)
         trainer.add_callback(BestIsHere(checkpoint))
     if args.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory()  # from here on, as when scoring
     with explained(memory_plan, args.activation_checkpointing, lambda: trainer.state.global_step):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if interrupt.stopped_at is not None:

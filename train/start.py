@@ -104,17 +104,17 @@ def _start_ranks(config: TrainConfig, num_processes: int, overwrite: bool, optio
 
 def _refuse_what_is_needed(config: TrainConfig, planned: Plan, options: str | None) -> None:
     """InputError where --overwrite would remove what the run starts from: the ranks read it again."""
-    needed = {
-        "--config": options,
-        "--policy": planned.policy.name,
-        "--tokenizer": planned.policy.tokenizer,
-        "--chat-template": config.chat_template,
-        "--zero-config": config.zero_config,
-        "--ref-store": config.ref_store,
-    }
-    everything = [*needed.items(), *(("--eval-ref-store", path) for path in config.eval_stores.values())]
+    needed = [
+        ("--config", options),
+        ("--policy", planned.policy.name),
+        ("--tokenizer", planned.policy.tokenizer),
+        ("--chat-template", config.chat_template),
+        ("--zero-config", config.zero_config),
+        ("--ref-store", config.ref_store),
+        *(("--eval-ref-store", path) for path in config.eval_stores.values()),
+    ]
     folder = config.output_dir.resolve()
-    for option, path in everything:
+    for option, path in needed:
         if path is not None and Path(path).exists() and (folder == Path(path).resolve() or folder in Path(path).resolve().parents):
             raise InputError(
                 f"would remove what the run starts from, {option} {path}",

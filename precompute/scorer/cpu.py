@@ -1,4 +1,4 @@
-"""A float32 model on a CPU: products by the faster of PyTorch's two libraries, and when scoring, memory that stays.
+"""A float32 model on a CPU: products by the faster of PyTorch's two libraries, and memory that stays.
 
 PyTorch computes float32 products on x86 with MKL, which has no AVX-512 for AMD's cores. On these oneDNN, which PyTorch ships as well, is 1.2 to
 1.5 times as fast at the shapes of a language model; on cores without AVX-512 MKL is 1.1 to 1.3 times as fast as oneDNN (docs/notebook/linear_layers_cpu.md).
