@@ -27,6 +27,7 @@ from store.command import cli
 from store.errors import InputError, RefdpoError
 from train.config import MACHINE, RECORDS, TrainConfig
 from train.leave import leave
+from versions import refuse_old_packages
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -165,6 +166,7 @@ def command(name: str, *configs: type, more: tuple[click.Option, ...] = ()):
 
     def decorate(function):
         def call(**values: Any) -> None:
+            refuse_old_packages()
             for config in configs:
                 values = collected(config, values)
             function(**values)
@@ -203,13 +205,13 @@ def analyze_cmd(**given) -> None:
 
     Lengths, what each --max-length cuts, formats, unusual rows, expected time. Tokenizes with the same code as precompute and recommends a --max-length.
     """
-    from quiet import quiet_libraries
-
-    quiet_libraries()
     config = AnalyzeConfig.of(given)
-    from precompute.desk.analyze import analyze
-    from precompute.desk.analyze_view import Rates, describe, plot
-    from store.bar import bar
+    from quiet import importing
+
+    with importing():
+        from precompute.desk.analyze import analyze
+        from precompute.desk.analyze_view import Rates, describe, plot
+        from store.bar import bar
 
     with bar("tokenizing", "rows", config.quiet or config.json) as progress:
         analysis = analyze(config, progress)
@@ -314,11 +316,12 @@ def export_cmd(
 
     The files are those that TRL, open-instruct or Megatron-Bridge load, or JSON lines.
     """
-    from quiet import quiet_libraries
-    from store.bar import bar
-    from store.export import export, key_values
+    from quiet import importing
 
-    quiet_libraries()
+    with importing():
+        from store.bar import bar
+        from store.export import export, key_values
+
     more = {
         "metadata": key_values(metadata),
         "loss_type": loss_type,
@@ -346,14 +349,16 @@ def import_cmd(
     """
     more = {"layout": layout, "attention_kernel": attention_kernel, "gpus_per_worker": gpus_per_worker}
     config = PrecomputeConfig.of(given | more)
-    from quiet import quiet_libraries
+    from quiet import importing
 
-    quiet_libraries()
-    from devices import devices
-    from precompute.desk.import_trl import import_trl
-    from precompute.start import end
+    with importing():
+        from devices import describe, devices
+        from precompute.desk.import_trl import import_trl
+        from precompute.start import end
 
-    import_trl(config, cache, devices(0, gpus_per_worker), num_pairs)
+    where = devices(0, gpus_per_worker)
+    click.echo(describe(where[0], 1, len(where)))
+    import_trl(config, cache, where, num_pairs)
     end(config.ref_store, 0)
 
 
@@ -417,10 +422,10 @@ def report_cmd(
     from store.report import report
 
     identity = open_store(ref_store, check="none").identity
-    from quiet import quiet_libraries
+    from quiet import importing
 
-    quiet_libraries()
-    from precompute.scorer.decoder import decoder_of
+    with importing():
+        from precompute.scorer.decoder import decoder_of
 
     page = report(ref_store, output_dir or default_report(ref_store), decoder_of(identity, tokenizer), compare)
     click.echo(f"report: {page}")
@@ -450,11 +455,11 @@ def verify_cmd(
     if model is None and needless:
         raise InputError("belongs to --model", where=", ".join(f"--{name.replace('_', '-')}" for name in needless))
     if model is not None:
-        from quiet import quiet_libraries
+        from quiet import importing
 
-        quiet_libraries()
-        from precompute.desk.verify_model import devices_for, verify_model
-        from precompute.scorer.api import config_sha256
+        with importing():
+            from precompute.desk.verify_model import devices_for, verify_model
+            from precompute.scorer.api import config_sha256
 
         # What cannot be is seen before every byte of the store is read.
         config = config_sha256(model, revision)

@@ -9,7 +9,7 @@ from typing import NoReturn
 import launch
 from precompute.config import PrecomputeConfig
 from precompute.report import describe
-from quiet import quiet_libraries
+from quiet import importing
 from stop import Stopped
 from store.command import again, cli
 from store.errors import RefdpoError
@@ -33,8 +33,8 @@ def _start(config: PrecomputeConfig, num_workers: int | None) -> None:
         if num_workers > 1:
             end(config.ref_store, launch.run_workers(num_workers), config.show)
         process = launch.Process(rank=0, world=1, local_rank=0)
-    quiet_libraries()
-    from precompute.worker import run
+    with importing():
+        from precompute.worker import run
 
     run(config, process)
     if process.world == 1:

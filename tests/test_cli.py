@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, errors, exit codes."""
 
+import gc
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 import cli
 import store.command
 from presets import PRESETS
+from quiet import importing
 from train.start import config_of
 
 ROOT = Path(__file__).parents[1]
@@ -266,3 +268,14 @@ def test_output_is_utf_8_in_every_locale(tmp_path):
     assert done.returncode == 2 and done.stderr.decode().startswith(f"Error: {tmp_path / 'nü'}: "), done.stderr
     help_ = subprocess.run([*command[:3], "--help"], cwd=ROOT, env=environ, capture_output=True, check=False)
     assert help_.returncode == 0 and help_.stderr == b""
+
+
+def test_what_was_imported_is_not_searched_for_garbage():
+    """And what comes after it is, however the imports end."""
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError
+    try:
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()

@@ -1,9 +1,18 @@
 """pyproject.toml names every package, module and data file that the code needs: an installed refdpo is a whole one."""
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import versions
+from store.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -59,3 +68,31 @@ def test_newest_versions_are_those_that_nothing_pins(tmp_path):
         assert install.count(f" '{name}'") == 2 and f"^{name}==" in install and f"'{name}==" not in install
     for name in ("scoring", "attention_cuda", "kernels", "self_test", "packing", "train_packed", "train_gate", "store_reader"):
         assert f"tests/test_{name}.py" in run
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "required"), [("trl", "1.15.0", "trl>=1.16"), ("transformers", "5.22.2", "transformers>=5.23")]
+)
+def test_an_older_package_is_refused_before_it_is_imported(tmp_path, name, found, required):
+    metadata = tmp_path / f"{name}-{found}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found}\n")
+    words = [sys.executable, "cli.py", "analyze", "--dataset", "demo"]
+    done = subprocess.run(words, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": tmp_path}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert all(each in done.stderr for each in (f"Error: {name}: the package is too old", found, f'uv pip install "{required}"'))
+
+
+def test_a_missing_package_is_refused_and_a_containers_build_is_not(monkeypatch):
+    installed = dict.fromkeys((Requirement(each).name for each in PROJECT["project"]["dependencies"]), "9999.1")
+    monkeypatch.setattr(versions, "version", lambda name: installed[name])
+    for build in ("2.11.0a0+1a2b3c.nv26.1", "2.11.0+cu128", "2.13.0.dev20261126"):
+        installed["torch"] = build
+        versions.refuse_old_packages()
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", missing)
+    with pytest.raises(InputError, match="the package is missing"):
+        versions.refuse_old_packages()

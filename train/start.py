@@ -9,7 +9,7 @@ from typing import Any
 import launch
 from default_store import default_run
 from presets import PRESETS, Preset
-from quiet import quiet_libraries
+from quiet import importing
 from stop import STOP_TRAINING, Stopped, listening
 from store.errors import InputError
 from store.reader import open_store
@@ -81,8 +81,8 @@ def start(
     if process is None:
         _start_ranks(config, launch.num_local_processes(num_processes, default_without_gpu=2), overwrite, options)
     with listening(STOP_TRAINING) as stop:
-        quiet_libraries()
-        from train.run import train
+        with importing():
+            from train.run import train
 
         train(config, stop)
 
