@@ -117,6 +117,7 @@ def _run(config: PrecomputeConfig, process: Process, stop: StopRequest) -> Manif
         "host": socket.gethostname(),
         "device": _device_name(mine[0]),
         "tokens_per_batch": config.tokens_per_batch,
+        "attention_kernel": config.attention_kernel,
         "attn_implementation": model.config._attn_implementation,
         "versions": versions(),
     }

@@ -160,7 +160,7 @@ def _added_up(shards: list[tuple[ShardReport, Sidecar | None]]) -> dict[str, Any
     total: dict[str, Any] = {"shards_without_provenance": len(shards) - len(known), "seconds": seconds}
     total["waited"] = sum(each.get("waited", 0.0) for _, each in known)
     total["tokens_per_second"] = sum(report.model_tokens for report, _ in timed) / seconds if seconds > 0 else None
-    for name in ("worker", "host", "device", "tokens_per_batch"):
+    for name in ("worker", "host", "device", "tokens_per_batch", "attention_kernel"):
         total[f"shards_by_{name}"] = dict(Counter(str(each[name]) for _, each in known if name in each))
     reused: Counter[str] = Counter()
     for _, each in known:

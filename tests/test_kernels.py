@@ -1,5 +1,6 @@
 """The CPU's kernels against the same formulas in float64, in every width of register that they can be compiled for."""
 
+import copy
 import json
 import os
 import platform
@@ -14,7 +15,9 @@ from click.testing import CliRunner
 
 import cli
 from precompute.scorer import kernels
-from precompute.scorer.kernels import Paths, log_sum_exp, packed_attention, rms_norm
+from precompute.scorer.cpu_head import head_values
+from precompute.scorer.head import Head
+from precompute.scorer.kernels import Paths, fold_logits, log_sum_exp, logits_gradient_, packed_attention, rms_norm
 from precompute.scorer.packing import Branch, Sequence, pack
 from store.errors import InputError
 
@@ -138,6 +141,46 @@ def test_attention_takes_tensors_of_any_strides():
         assert torch.equal(packed_attention(*others, Paths(branches), scaling=None, window=None), expected)
 
 
+@pytest.mark.parametrize("window", [None, 1, 17, 300])
+@pytest.mark.parametrize(("heads", "kv_heads", "depth"), [(9, 3, 64), (8, 1, 20), (2, 2, 80), (3, 3, 1)])
+def test_attention_gradient(heads, kv_heads, depth, window, compiled):
+    """Against the definition's, in float64; the result is the one without gradients, to the bit."""
+    branches = tree(seed=depth, longest=500 if depth == 64 else 90)
+    query, key, value = inputs(branches, heads, kv_heads, depth)
+    tensors = [query * 3, key, value]
+    grad = torch.randn(branches[-1].stop, heads, depth, 1, generator=torch.Generator().manual_seed(9)).permute(3, 0, 1, 2)
+
+    def gradients(attention, tensors):
+        leaves = [each.clone().requires_grad_(True) for each in tensors]
+        out = attention(*leaves)
+        return out.detach(), torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    def kernel(q, k, v):
+        return packed_attention(q, k, v, Paths(branches), scaling=0.2, window=window)
+
+    def definition(q, k, v):
+        return exact(q, k, v, branches, 0.2, window)
+
+    out, found = gradients(kernel, tensors)
+    assert torch.equal(out, kernel(*tensors))
+    _, expected = gradients(definition, [each.double() for each in tensors])
+    largest = max(each.abs().max().item() for each in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=5e-6 * largest, rtol=0)
+
+
+def test_attention_gradient_has_the_same_bits_with_any_number_of_threads(monkeypatch):
+    branches = tree(seed=4, longest=400)
+    tensors = [each.requires_grad_(True) for each in inputs(branches, 6, 3, 64)]
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        out = packed_attention(*tensors, Paths(branches), scaling=None, window=100)
+        found.append(torch.autograd.grad(out.square().sum(), tensors))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
 @pytest.mark.parametrize("width", [1, 7, 64, 576, 1001])
 def test_rms_norm(width, compiled):
     x = torch.randn(3, 50, width) * torch.logspace(-4, 3, 50)[:, None]  # epsilon counts in the first, not in the last
@@ -183,6 +226,50 @@ def test_log_sum_exp(width, scale, compiled):
     assert log_sum_exp(x).isnan().nonzero().tolist() == [[2]]
 
 
+@pytest.mark.parametrize("after", [Head(), Head(0.5), Head(2.0, 3.0)], ids=["plain", "factor", "soft cap"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_with_gradients(after, bias, compiled, monkeypatch):
+    """Against the whole softmax in float64; several tiles of both kinds, the last ones narrow, and targets that are the largest."""
+    monkeypatch.setattr("precompute.scorer.cpu_head.TILE", (64, 40))
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(16, 203, bias=bias), 3 * torch.randn(150, 16)
+    with torch.no_grad():
+        targets = torch.cat([head(hidden[:50]).argmax(dim=1), torch.randint(0, 203, (99,)), torch.tensor([202])])
+    grad, grad_entropy = torch.randn(2, 150).double()
+
+    def gradients(values, hidden, head):
+        hidden = hidden.clone().requires_grad_(True)
+        found = values(hidden, head)
+        loss = (found[0] * grad.to(found[0].dtype)).sum() + (found[1] * grad_entropy.to(found[0].dtype)).sum()
+        return [each.detach() for each in found], torch.autograd.grad(loss, [hidden, *head.parameters()])
+
+    def definition(hidden, head):
+        logits = after.scale * head(hidden)
+        if after.softcap is not None:
+            logits = after.softcap * torch.tanh(logits / after.softcap)
+        logps = logits.log_softmax(dim=1)
+        entropy = -(logps.exp() * logps).sum(dim=1)
+        squares = (2 * logps).logsumexp(dim=1)
+        return logps.gather(1, targets[:, None])[:, 0], entropy, squares, logits.mean(dim=1), logits.argmax(dim=1) == targets
+
+    found, found_gradients = gradients(lambda *given: head_values(*given, after, targets), hidden, head)
+    expected, expected_gradients = gradients(definition, hidden.double(), copy.deepcopy(head).double())
+    assert torch.equal(found[4], expected[4])
+    assert 50 <= found[4].sum() < 150
+    for ours, theirs in zip(found[:4], expected[:4], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(found_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_the_first_of_equal_logits_is_the_largest():
+    """As argmax has it, across tiles too."""
+    head = torch.nn.Linear(1, 3000, bias=False)
+    torch.nn.init.ones_(head.weight)
+    targets = torch.tensor([0, 1, 2500])
+    assert head_values(torch.ones(3, 1), head, Head(), targets)[4].tolist() == [True, False, False]
+
+
 def test_what_the_kernels_do_not_take_is_refused():
     branches = (Branch(0, 4, ()),)
     query, key, value = inputs(branches, 2, 1, 8)
@@ -193,9 +280,19 @@ def test_what_the_kernels_do_not_take_is_refused():
         packed_attention(query, key, value[:, :, :3], Paths(branches), scaling=None, window=None)
     with pytest.raises(ValueError, match="over 3 tokens for a row of 4"):
         packed_attention(query, key, value, Paths((Branch(0, 3, ()),)), scaling=None, window=None)
-    for kernel in (lambda x: rms_norm(x, torch.ones(3), 1e-6), log_sum_exp):
+    ids, row = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    for kernel in (
+        lambda x: rms_norm(x, torch.ones(3), 1e-6),
+        log_sum_exp,
+        lambda x: fold_logits(x, ids),
+        lambda x: logits_gradient_(x, ids, row, row, row, row),
+    ):
         with pytest.raises(ValueError, match="not float32"):
             kernel(torch.ones(2, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="not int64"):
+        fold_logits(torch.ones(2, 3), ids.int())
+    with pytest.raises(ValueError, match="a row's numbers lie 2 apart"):
+        fold_logits(torch.ones(3, 2).t(), ids)
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------------------------

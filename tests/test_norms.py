@@ -60,22 +60,6 @@ def test_two_norms_of_a_class_that_differ_are_tried_each(different, monkeypatch)
             torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def gradients(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], int]:
-    """Of a loss over all logits, in every parameter; and how many bytes autograd was given to keep outside checkpointed layers."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(input_ids=IDS, use_cache=False).logits
-    logits.log_softmax(-1)[..., ::7].sum().backward()
-    return {name: each.grad.clone() for name, each in model.named_parameters()}, sum(kept.values())
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
 def test_gradients_are_those_of_the_models_own_norms(kind, checkpointing):
@@ -86,11 +70,11 @@ def test_gradients_are_those_of_the_models_own_norms(kind, checkpointing):
             torch.nn.init.normal_(norm.weight, 1, 0.3)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        exact, _ = gradients(copy.deepcopy(model).double())
-        own, own_kept = gradients(model)
+        exact, _ = tiny.gradients(copy.deepcopy(model).double(), IDS)
+        own, own_kept = tiny.gradients(model, IDS)
         replaced = use_fused_norms(model)
         assert len(replaced) == len(norms_of(model))
-        fused, kept = gradients(model)
+        fused, kept = tiny.gradients(model, IDS)
 
         def off(found, exact=exact):
             return {name: ((found[name].double() - each).norm() / each.norm()).item() for name, each in exact.items()}

@@ -144,3 +144,19 @@ def save(folder: Path, kind: str = "llama", seed: int = 0, chat_template: str | 
     make_model(kind, seed).save_pretrained(folder)
     make_tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+def gradients(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], int]:
+    """Of a loss over all logits, in every parameter; and how many bytes autograd was given to keep outside checkpointed layers."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    logits.log_softmax(-1)[..., ::7].sum().backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters()}, sum(kept.values())

@@ -19,6 +19,7 @@ from precompute.scorer.api import (
     NAME,
     compiler_wanted,
     head_of,
+    head_values,
     packed_attention,
     refuse_unpackable,
     replaced,
@@ -27,6 +28,7 @@ from precompute.scorer.api import (
     use_compiled_layers,
     use_fast_linears,
     use_fused_norms,
+    use_gated_kernel,
 )
 from precompute.scorer.packing import Sequence
 from store.errors import InputError
@@ -34,7 +36,7 @@ from train.metrics import OfTokens
 from train.rows import Arranged, Row, arrange
 
 VOCABULARY_TILE = {"cpu": 2048, "cuda": 32768}
-"""Vocabulary entries whose logits exist at a time in TRL's head: what stays in a CPU's cache, and TRL's own choice."""
+"""Vocabulary entries whose logits exist at a time in TRL's head: what stays in a CPU's cache (bfloat16), and TRL's own choice."""
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What TRL's head computes per completion token, in the order its kernel returns them."""
@@ -49,10 +51,12 @@ def refuse_unpackable_policy(model: PreTrainedModel) -> None:
     head_of(model)
 
 
-def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
+def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...], sums: torch.dtype = torch.float32) -> None:
     """Replace the forward that TRL gave `model` by the packed one, for good: gradient checkpointing runs layers again during backward.
 
-    `outputs` names the PER_TOKEN values that TRL's loss and metrics need. Raises InputError for an architecture that cannot be packed.
+    `outputs` names the PER_TOKEN values that TRL's loss and metrics need. What the loss reads, ON_GRID, has the dtype `sums`: a completion's
+    log-prob is a sum of hundreds of nats, of which a loss takes small differences, and in float32 the rounding of that sum is larger than
+    that of all its tokens. Raises InputError for an architecture that cannot be packed.
     """
     refuse_unpackable_policy(model)
     set_attention(model, NAME)
@@ -67,9 +71,9 @@ def pack_policy(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
                 next="Use --layout padded for what needs logits.",
             )
         if row is not None:
-            return row_forward(self, row, outputs)
+            return row_forward(self, row, outputs, sums)
         with_routers = bool(kwargs.get("output_router_logits"))
-        return packed_forward(self, input_ids, attention_mask, labels, outputs, with_routers=with_routers)
+        return packed_forward(self, input_ids, attention_mask, labels, outputs, sums, with_routers=with_routers)
 
     model.forward = types.MethodType(forward, model)
 
@@ -85,7 +89,9 @@ def ready_to_train(model: PreTrainedModel):
 def _use_fast_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """Those that have another forward from now on."""
     # The compiler makes operators of its own, of the model's code as it stands; those of a CPU it does not know.
-    return use_compiled_layers(model) if compiler_wanted() else [*use_fast_linears(model), *use_fused_norms(model)]
+    if compiler_wanted():
+        return use_compiled_layers(model)
+    return [*use_fast_linears(model), *use_fused_norms(model), *use_gated_kernel(model)]
 
 
 def packed_forward(
@@ -94,12 +100,13 @@ def packed_forward(
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
     outputs: tuple[str, ...],
+    sums: torch.dtype = torch.float32,
     *,
     with_routers: bool = False,
 ) -> FusedCausalLMOutput:
     """input_ids, attention_mask, labels [B, L], right-padded, labels -100 where nothing is scored -> TRL's output with values [B, L - 1].
 
-    Position i holds what predicts token i + 1, zero where nothing is predicted. Differentiable in the model's parameters.
+    Position i holds what predicts token i + 1, zero where nothing is predicted; `sums` as in `pack_policy`. Differentiable in the model's parameters.
     `with_routers`: also the auxiliary loss of a mixture of experts, as TRL computes it: over every token of every sequence.
     """
     device = input_ids.device
@@ -116,7 +123,7 @@ def packed_forward(
     arranged, batches = arrange(model.config, sequences, whole=with_routers)
     options = {"output_router_logits": True} if with_routers else {}
     bodies, values = _of_tokens(model, arranged.moved(lambda tensor: tensor.to(device)), outputs, **options)
-    placed = {name: _on_grid(value, at, (len(ids), width)) for name, value in values.items()}
+    placed = {name: _on_grid(value, at, (len(ids), width), sums if name in ON_GRID else None) for name, value in values.items()}
     aux_loss = None
     if with_routers:
         config, routers = model.config.get_text_config(), []
@@ -131,7 +138,7 @@ def packed_forward(
     )
 
 
-def row_forward(model: PreTrainedModel, row: Row, outputs: tuple[str, ...]) -> FusedCausalLMOutput:
+def row_forward(model: PreTrainedModel, row: Row, outputs: tuple[str, ...], sums: torch.dtype) -> FusedCausalLMOutput:
     """As `packed_forward`, of a row that was made where the data was read: nothing is arranged here, and nothing read back from the device.
 
     TRL's loss reads grids [2 pairs, longest completion]; its metrics read completion tokens alone (train/metrics.py).
@@ -139,7 +146,7 @@ def row_forward(model: PreTrainedModel, row: Row, outputs: tuple[str, ...]) -> F
     _, values = _of_tokens(model, row.arranged, outputs)
     for name, value in values.items():
         if value is not None:
-            values[name] = _on_grid(value, row.places, row.grid) if name in ON_GRID else OfTokens(value, row.num_chosen)
+            values[name] = _on_grid(value, row.places, row.grid, sums) if name in ON_GRID else OfTokens(value, row.num_chosen)
     return FusedCausalLMOutput(loss=None, label_mask=None, aux_loss=None, **values)
 
 
@@ -151,14 +158,23 @@ def _of_tokens(model: PreTrainedModel, arranged: Arranged, outputs: tuple[str, .
     return bodies, {name: None if value is None else value[arranged.taken] for name, value in zip(PER_TOKEN, values, strict=True)}
 
 
-def _on_grid(values: torch.Tensor | None, places: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
-    """values [K] at `places` of a flattened grid of zeros."""
-    return None if values is None else values.new_zeros(grid[0] * grid[1]).index_copy(0, places, values).view(grid)
+def _on_grid(
+    values: torch.Tensor | None, places: torch.Tensor, grid: tuple[int, int], dtype: torch.dtype | None
+) -> torch.Tensor | None:
+    """values [K], in `dtype` if one is given, at `places` of a flattened grid of zeros."""
+    if values is None:
+        return None
+    values = values if dtype is None else values.to(dtype)
+    return values.new_zeros(grid[0] * grid[1]).index_copy(0, places, values).view(grid)
 
 
 def _head_values(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, outputs: tuple[str, ...]) -> tuple:
-    """hidden [N, D], targets int64 [N] -> PER_TOKEN values [N] each, None for those not in `outputs`: TRL's own kernel."""
+    """hidden [N, D], targets int64 [N] -> PER_TOKEN values [N] each, None for those not in `outputs`: TRL's own kernel, but for float32 on a CPU,
+    where one pass over the logits does (precompute/scorer/cpu_head.py)."""
     head, after = model.get_output_embeddings(), head_of(model)
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
+        values = dict(zip(PER_TOKEN, head_values(hidden, head, after, targets), strict=True))
+        return tuple(values[name] if name == "log_probs" or name in outputs else None for name in PER_TOKEN)
     temperature = 1.0
     tile = VOCABULARY_TILE[hidden.device.type]
     return ChunkedLogProbFunction.apply(

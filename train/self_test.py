@@ -14,6 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 from precompute.scorer import Layout
 from precompute.scorer.api import (
     SelfTest,
+    active_kernel,
     advice,
     alone_logps,
     attempt,
@@ -30,6 +31,9 @@ from train.packed import packed_forward, ready_to_train, refuse_unpackable_polic
 
 GRADIENT_TOLERANCE = 1e-3
 """Largest |difference| of a gradient's entry on the twin in float32, as a share of the tensor's largest. Measured where it is right: 1e-5."""
+
+KERNEL_TOLERANCE = 0.3
+"""Largest norm of the difference of all gradients on the twin in bfloat16 or float16, as a share of theirs: 0.001 to 0.035 where it is right."""
 
 GRADIENT_FLOOR = 1e-3
 """A tensor's largest entry counts as at least this share of the model's. A bias of keys that are not rotated has no gradient but rounding."""
@@ -73,11 +77,46 @@ def self_test_policy(
                 expected=f"at most {GRADIENT_TOLERANCE:g}",
                 next=advice(ADVICE[layout]),
             )
+        if (kernel := active_kernel()) is not None:
+            _refuse_other_gradients(kernel, trained.to(model.dtype), sequences, forward)
     return seen
+
+
+def _refuse_other_gradients(kernel: str, model: PreTrainedModel, sequences: list[Sequence], forward: Callable) -> None:
+    """InputError where this kernel's gradients are not the plain forward's; float32, in which others are compared, is not computed by it."""
+    ours, theirs = _gradients(model, sequences, forward)
+    pairs = [(each, other) for each, other in zip(ours, theirs, strict=True) if each is not None and other is not None]
+    apart, size = (
+        torch.cat([each.float().flatten() for each in side]) for side in zip(*((a - b, b) for a, b in pairs), strict=True)
+    )
+    difference = float(apart.norm() / size.norm())
+    if not difference <= KERNEL_TOLERANCE:
+        raise InputError(
+            f"the kernel's gradients differ from this architecture's own by {difference:.2g} of their size, in {model.dtype} on a small"
+            " random model of its kind",
+            where=f"--attention-kernel {kernel}",
+            expected=f"at most {KERNEL_TOLERANCE:g}",
+            next="Leave it out.",
+        )
 
 
 def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward: Callable) -> float:
     """Of a randomly weighted sum of all log-probs, in every parameter that is trained: the largest difference as a share of the tensor's largest entry."""
+    found = _gradients(model, sequences, forward)
+    floor = GRADIENT_FLOOR * max(float(theirs.abs().max()) for theirs in found[1] if theirs is not None)
+    shares = [
+        float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=floor))
+        for ours, theirs in zip(*found, strict=True)
+        if theirs is not None and ours is not None
+    ]
+    missing = any((ours is None) != (theirs is None) for ours, theirs in zip(*found, strict=True))
+    return float("nan") if missing else max(shares)
+
+
+def _gradients(
+    model: PreTrainedModel, sequences: list[Sequence], forward: Callable
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Of a randomly weighted sum of all log-probs, for each parameter: by `forward`, and by the plain forward of each sequence alone."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(sequence.num_scored, generator=generator).to(model.device) for sequence in sequences]
     found = []
@@ -88,14 +127,7 @@ def _gradients_differ(model: PreTrainedModel, sequences: list[Sequence], forward
         model.train(training)  # as it is trained, against as it is scored
         sum((weight * logps).sum() for weight, logps in zip(weights, compute(model, sequences), strict=True)).backward()
         found.append([None if each.grad is None else each.grad.clone() for each in model.parameters()])
-    floor = GRADIENT_FLOOR * max(float(theirs.abs().max()) for theirs in found[1] if theirs is not None)
-    shares = [
-        float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=floor))
-        for ours, theirs in zip(*found, strict=True)
-        if theirs is not None and ours is not None
-    ]
-    missing = any((ours is None) != (theirs is None) for ours, theirs in zip(*found, strict=True))
-    return float("nan") if missing else max(shares)
+    return found[0], found[1]
 
 
 def _packed(model: PreTrainedModel, sequences: list[Sequence]) -> list[torch.Tensor]:

@@ -36,6 +36,7 @@ def devices_for(
     store = open_store(ref_store, check="none")
     layout = layout or store.manifest.provenance.get("layout", "packed")  # what made it; an imported store does not say
     where = devices.devices(0, gpus_per_worker)
+    print(devices.describe(where[0], 1, len(where)), flush=True)
     use_kernel(attention_kernel, layout=layout, device=where[0], dtype=store.identity.dtype)
     refuse_too_large(model, revision=revision, dtype=store.identity.dtype, devices=where)
     return where, layout

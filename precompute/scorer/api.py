@@ -6,6 +6,7 @@ Needs torch; packing.py, which needs numpy alone, and adapter.py, which needs no
 from precompute.scorer.attention import (
     NAME,
     PackedRow,
+    active_kernel,
     named_kernel,
     packed_attention,
     refuse_unpackable,
@@ -17,7 +18,9 @@ from precompute.scorer.attention import (
 from precompute.scorer.budget import MOST, SHARE, MemoryWatch, enough_memory, free_memory, largest_budget
 from precompute.scorer.compiled import advice, compiler_wanted, named_compiler, use_compiled_layers, use_compiler
 from precompute.scorer.cpu import give_back_freed_memory, keep_freed_memory, use_fast_linears
+from precompute.scorer.cpu_head import head_values
 from precompute.scorer.forwards import replaced
+from precompute.scorer.gated import use_gated_kernel
 from precompute.scorer.head import head_of
 from precompute.scorer.kernels import library
 from precompute.scorer.model import (

@@ -3,8 +3,8 @@
 Each branch sees its context and itself, causally, and within the layer's sliding window if it has one. Which of these a layer has is read from
 the mask that the model asks transformers for, as its plain forward does, and never from an argument that the plain forward ignores.
 On a GPU this is one `torch.nn.attention.varlen.varlen_attn` call per layer: flash attention that ships with PyTorch, bottom-right causal, which
-is what a branch over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) when scoring in float32; with gradients, or
-in another dtype, PyTorch's flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps.
+is what a branch over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) in float32; in another dtype PyTorch's
+flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps.
 What these kernels lack (soft-capped scores, sinks on a CPU, float32 or wide heads on a GPU) is computed block by block. No mask matrix of a
 whole row exists.
 """
@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from precompute.scorer import kernels
 from precompute.scorer.packing import Branch, PackedBatch
-from store.errors import InputError
+from store.errors import InputError, RefdpoError
 
 NAME = "refdpo_packed"
 
@@ -211,6 +211,14 @@ def attend(
         each if each.shape[-1] == common else F.pad(each, (0, common - each.shape[-1])) for each in (query, key, value)
     )
     if softcap is not None or (on_gpu and (query.dtype == torch.float32 or common > WIDEST_FLASH_HEAD)):
+        if on_gpu and query.dtype != torch.float32 and (kernel := active_kernel()) is not None:
+            raise InputError(
+                "the kernel would not be used",
+                where=f"--attention-kernel {kernel}",
+                expected=f"scores that are not capped, heads of at most {WIDEST_FLASH_HEAD} channels",
+                found=f"a {type(module).__name__} with " + (f"{width} channels" if softcap is None else f"a cap of {softcap:g}"),
+                next="Leave it out.",
+            )
         out = _attend_in_blocks(query, key, value, scaling, window, layout, softcap=softcap, sinks=sinks)
     elif on_gpu:
         out = _attend_cuda(query, key, value, scaling, window, layout, sinks)
@@ -283,7 +291,7 @@ class _VarlenWithSinks(torch.autograd.Function):
 
 
 def _attend_cpu(query, key, value, scaling, window, layout: PackedLayout) -> torch.Tensor:
-    if query.dtype == torch.float32 and torch.is_inference_mode_enabled():
+    if query.dtype == torch.float32:
         return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=window)
     results = []
     for branch in layout.branches:
@@ -461,16 +469,23 @@ def use_kernel(kernel: str, *, layout: str, device: torch.device, dtype: str) ->
         ) from error
 
 
+def active_kernel() -> str | None:
+    """The kernel that `use_kernel` activated; None: PyTorch's own."""
+    return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+
+
 @contextmanager
 def named_kernel(kernel: str):
-    """Around the first use of a kernel that was asked for by name: what it does not compute is an InputError that names it."""
+    """Around the first use of a kernel that was asked for by name: what it does not compute is an InputError that names it, in whatever way its
+    package says so."""
     try:
         yield
-    except RuntimeError as error:
-        if kernel == "default":
+    except Exception as error:
+        if kernel == "default" or isinstance(error, RefdpoError):
             raise
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
         raise InputError(
-            f"the kernel does not run this model: {' '.join(str(error).split())[:300]}",
+            f"the kernel does not run this model: {kind}{' '.join(str(error).split())[:300]}",
             where=f"--attention-kernel {kernel}",
             next="Leave it out.",
         ) from error

@@ -4,9 +4,11 @@
 2. choose   the budget that takes SHARE of what is free, at most MOST
 3. try      a forward of that size, on a GPU: what does not fit is made smaller until it does
 
-The made-up batches have as many keys per token as a real one may have (packing.KEYS_PER_TOKEN), so none needs more.
+The made-up batches have as many keys per token as a real one may have (packing.KEYS_PER_TOKEN), one sequence that nearly fills them, and every
+token is scored: none needs more.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,15 +82,16 @@ def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, n
 
 
 def _probe(model: PreTrainedModel, layout: Layout, num_tokens: int) -> None:
-    """Score a batch of about `num_tokens` tokens. Packed: a prompt of half of them under six completions, which has KEYS_PER_TOKEN keys per
-    token, nearly. Padded: four rows, nearly all completion, for every logit exists there."""
-    half, sixth = num_tokens // 2, num_tokens // 12
-    num_prompt, lengths = (half, [sixth] * 6) if layout == "packed" else (1, [num_tokens // 4 - 1] * 4)
+    """Score a batch of about `num_tokens` tokens that takes what the greediest of that many may take: every token is scored, so a head's logits
+    are there for each. Packed: nearly one sequence, whose end four have, each their own: as long as a sequence can be, and nearly KEYS_PER_TOKEN
+    keys per token. Padded: four rows."""
+    end = num_tokens // 64 if layout == "packed" else num_tokens // 4 - 1
+    num_shared = num_tokens - 4 * end if layout == "packed" else 1
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = np.random.default_rng(0)
-    prompt = generator.integers(0, vocabulary, num_prompt)
-    completions = [generator.integers(0, vocabulary, length) for length in lengths]
-    sequences = [Sequence(np.concatenate([prompt, each]).astype(np.int32), len(prompt)) for each in completions]
+    shared = generator.integers(0, vocabulary, num_shared)
+    ends = [generator.integers(0, vocabulary, end) for _ in range(4)]
+    sequences = [Sequence(np.concatenate([shared, each]).astype(np.int32), 1) for each in ends]
     for _ in score_batches(model, sequences, layout=layout, tokens_per_batch=num_tokens):
         pass
 
@@ -108,8 +111,11 @@ class MemoryWatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        give_back_freed_memory()  # what was freed before and is still resident would hide as much of what comes
-        self.before = self._held()
+        # What is garbage, or freed and still resident, would hide as much of what comes.
+        gc.collect()
+        give_back_freed_memory()
+        self.mapped = 0 if device.type == "cuda" else _status("RssFile")
+        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS") - self.mapped
 
     def most(self, work: Callable[[], object]) -> int:
         """The most of them while `work()` runs. Raises InputError where a host does not tell."""
@@ -132,11 +138,11 @@ class MemoryWatch:
 
     def most_since(self) -> int:
         """The most of them since `start`."""
-        most = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
-        return most - self.before
-
-    def _held(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _status("VmRSS")
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        # The kernel may drop pages of a mapped file, such as a library's code, at any time: of the two counts the lower, to plan too little rather
+        # than too much.
+        return _status("VmHWM") - min(self.mapped, _status("RssFile")) - self.before
 
 
 def _fits(model: PreTrainedModel, layout: Layout, num_tokens: int) -> bool:

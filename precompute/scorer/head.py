@@ -31,6 +31,10 @@ class Head:
             products.div_(self.softcap).tanh_().mul_(self.softcap)
         return products
 
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """d(logits) / d(products) at these logits."""
+        return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap).square())
+
 
 _heads: WeakKeyDictionary[PreTrainedModel, Head] = WeakKeyDictionary()
 

@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from precompute.scorer import checkpoint
 from precompute.scorer.adapter import Adapter, adapter_of, merged
-from precompute.scorer.budget import SHARE, free_memory
+from precompute.scorer.budget import SHARE, enough_memory, free_memory
 from precompute.scorer.spread import devices_of, largest_share, spread
 from store.errors import InputError
 
@@ -84,7 +84,8 @@ def load_model(
     if say is not None and (notice := _attention_notice(model, attn_implementation)) is not None:
         say(notice)
     devices = device if isinstance(device, tuple) else (device,)
-    spread(model, devices)
+    with enough_memory("while the model was loaded", "Free memory (other processes?), or take GPUs that have more."):
+        spread(model, devices)
     if len(found := devices_of(model)) != len(devices):
         raise InputError(
             "this model has fewer parts that could lie on GPUs of their own",

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from precompute.scorer import Layout
+from precompute.scorer.attention import active_kernel
 from precompute.scorer.budget import enough_memory
 from precompute.scorer.compiled import advice, compiler_wanted
 from precompute.scorer.packing import MIN_SHARED, Sequence
@@ -137,12 +138,15 @@ def _compare(model: PreTrainedModel, dtype: str, compute: Compute, what: str, ad
 
 
 def attempt(compute: Callable, twin: PreTrainedModel, sequences: list[Sequence], what: str, advice: str):
-    """compute(twin, sequences); InputError too where the architecture's code cannot run what `compute` gives it."""
+    """compute(twin, sequences); InputError too where the architecture's code cannot run what `compute` gives it. What a kernel that was asked for by
+    name raises is left to named_kernel."""
     try:
         return compute(twin, sequences)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's code raises
+        if active_kernel() is not None:
+            raise
         raise InputError(
             f"{what} cannot run this architecture: {type(error).__name__}: {str(error)[:200]}",
             where=type(twin).__name__,
