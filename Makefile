@@ -111,7 +111,10 @@ test-newest:
 	@$(MAKE) --no-print-directory test VENV=$(NEWEST) TORCH=torch TRANSFORMERS=transformers TESTS='$(SHORT)'
 	@$(NEWEST)/bin/python -c 'import torch, transformers; print("Run with torch", torch.__version__, "and transformers", transformers.__version__)'
 
-gpu: $(INSTALLED)
+# What is installed by hand in $(VENV) is as good; a machine with GPUs may have no network. make gpu VENV=$$VIRTUAL_ENV takes another one.
+gpu:
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "trl", "deepspeed", "pytest"))))' 2>/dev/null \
+		|| $(MAKE) --no-print-directory $(INSTALLED)
 	@$(PY) benchmarks/gpu.py
 
 lint: $(INSTALLED)

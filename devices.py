@@ -16,11 +16,19 @@ NO_GPU = ("", "-1", "NoDevFiles")
 
 ON_PURPOSE = 'To run on the CPU on purpose: export CUDA_VISIBLE_DEVICES=""'
 
+NOT_STARTED = {
+    "Error 802": "GPUs with NVSwitch need NVIDIA's fabric manager: sudo systemctl start nvidia-fabricmanager.",
+    "Error 803": "The driver was updated while the machine ran: restart it.",
+    "Error 804": "Take the folder of cuda-compat's libraries out of LD_LIBRARY_PATH: this GPU cannot use them.",
+}
+"""What to do where the driver is new enough and CUDA does not start all the same: cudaError_t 802 to 804, as PyTorch prints them."""
+
 
 def num_gpus() -> int:
     """GPUs that this process sees; 0 where there are none, or CUDA_VISIBLE_DEVICES asks for none.
 
-    Raises InputError where GPUs are there and CUDA cannot use them: a PyTorch for CPUs, a driver older than PyTorch's CUDA, and so on.
+    Raises InputError where GPUs are there and CUDA cannot use them: a PyTorch for CPUs, a driver older than PyTorch's CUDA, and so on. Also
+    where CUDA_VISIBLE_DEVICES names more GPUs than can be used: CUDA would go on without them, and without a word.
     """
     import torch
 
@@ -28,12 +36,21 @@ def num_gpus() -> int:
         warnings.simplefilter("always")
         usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
         counted = torch.cuda.device_count()  # by the driver's own library, which needs no CUDA that works
-    if usable or hidden():
+    if hidden():
+        return usable
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if usable:
+        _refuse_fewer_than_named(usable)
         return usable
     there = max(counted, len(_openable_gpus()))
-    if not there:
+    if not there and chosen is None:
         return 0
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not there:
+        raise InputError(
+            "names a GPU, and there is none here",
+            where=f"CUDA_VISIBLE_DEVICES={chosen}",
+            next=f"A container must be given the GPUs: docker run --gpus all, apptainer exec --nv. {ON_PURPOSE}",
+        )
     found = [f"a driver for {driver()}", f"torch {torch.__version__} {_built_for()}"]
     if chosen is not None:
         found.append(f"CUDA_VISIBLE_DEVICES={chosen}")
@@ -48,6 +65,9 @@ def num_gpus() -> int:
     elif masked:
         expected = f"GPUs of this machine in CUDA_VISIBLE_DEVICES, and a driver for CUDA {torch.version.cuda} or newer"
         remedy = "Name GPUs that this machine has: nvidia-smi -L lists them."
+    elif said and "too old" not in found[-1] and _driver_is_enough():
+        expected = "CUDA that starts"
+        remedy = next((each for error, each in NOT_STARTED.items() if error in found[-1]), "Look at the driver with nvidia-smi.")
     else:
         expected = f"a driver for CUDA {torch.version.cuda} or newer"
         remedy = "Install PyTorch for the driver's CUDA (uv pip install --reinstall torch --torch-backend=auto), or a newer driver."
@@ -57,6 +77,32 @@ def num_gpus() -> int:
         found=", ".join(found),
         next=f"{remedy} {ON_PURPOSE}",
     )
+
+
+def _refuse_fewer_than_named(usable: int) -> None:
+    named = named_gpus()
+    if named is None or usable >= len(named):
+        return
+    if any(each.startswith("MIG-") for each in named):
+        expected, remedy = "one part of a GPU (MIG) for a process", "With srun, --gpus-per-task=1 gives each task its own."
+    else:
+        expected, remedy = "GPUs of this machine, each once", "nvidia-smi -L lists them."
+    raise InputError(
+        f"names {len(named)} GPUs, of which PyTorch can use {usable}",
+        where=f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}",
+        expected=expected,
+        next=remedy,
+    )
+
+
+def named_gpus() -> list[str] | None:
+    """The entries of CUDA_VISIBLE_DEVICES, up to a negative number, which ends the list by CUDA's rule; None where it is not set."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return None
+    entries = [entry.strip() for entry in chosen.split(",")]
+    end = next((place for place, entry in enumerate(entries) if re.fullmatch(r"-\d+", entry)), len(entries))
+    return [entry for entry in entries[:end] if entry]
 
 
 def hidden() -> bool:
@@ -80,7 +126,15 @@ def devices(local_rank: int, number: int) -> tuple:
         raise InputError("there are no GPUs", where=f"--gpus-per-worker {number}", next="Leave it out on the CPU.")
     if gpus == 0:
         return (torch.device("cpu"),)
-    if gpus == number and not _shares_its_gpus(number):
+    own = not _shares_its_gpus(gpus, number)
+    if own and gpus > number and _is_one_of_srun():
+        of_each = f"one task for {'each GPU' if number == 1 else f'every {number} GPUs'}"
+        raise InputError(
+            f"each task has {gpus} GPUs and would use {number}",
+            where="srun",
+            expected=f"{of_each}: --ntasks-per-node={_tasks_here() * gpus // number}",
+        )
+    if own and gpus == number:
         local_rank = 0  # srun --gpus-per-task=1: of each task's GPUs, the only one is number 0
     if (local_rank + 1) * number > gpus:
         most = gpus // number
@@ -100,17 +154,38 @@ def devices(local_rank: int, number: int) -> tuple:
 def _refuse_unusable(where) -> None:
     import torch
 
+    # Where the devices themselves cannot be listed, PyTorch has an error of its own that is no RuntimeError.
+    refusals = (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError)
     try:
         torch.zeros(1, device=where).add_(1).item()
-    except RuntimeError as error:  # no kernels for this GPU, taken by another process, in error, …
-        major, minor = torch.cuda.get_device_capability(where)
+    except refusals as error:  # no kernels for this GPU, taken by another process, in error, …
+        try:
+            name = torch.cuda.get_device_name(where)
+            kind = "sm_{}{}".format(*torch.cuda.get_device_capability(where))
+        except refusals:
+            name, kind = "this GPU", "a GPU that does not answer"
+        text = " ".join(str(error).split())
+        if "kernel image" in text:
+            remedy = "Install another PyTorch: uv pip install --reinstall torch --torch-backend=auto."
+        else:
+            remedy = "Look at it with nvidia-smi."
+        if others := _all_but(where.index):
+            remedy += f" To leave it out: export CUDA_VISIBLE_DEVICES={others}."
         raise InputError(
-            f"{torch.cuda.get_device_name(where)} cannot be used: {' '.join(str(error).split())[:200]}",
+            f"{name} cannot be used: {text[:200]}",
             where=where,
             expected=f"a GPU of {', '.join(torch.cuda.get_arch_list())}, free and in order",
-            found=f"sm_{major}{minor}, a driver for {driver()}, torch {torch.__version__} {_built_for()}",
-            next=f"Look at it with nvidia-smi; for another PyTorch: uv pip install --reinstall torch --torch-backend=auto. {ON_PURPOSE}",
+            found=f"{kind}, a driver for {driver()}, torch {torch.__version__} {_built_for()}",
+            next=f"{remedy} {ON_PURPOSE}",
         ) from error
+
+
+def _all_but(index: int) -> str:
+    """A value of CUDA_VISIBLE_DEVICES without this one of the visible GPUs."""
+    import torch
+
+    visible = named_gpus() or [str(each) for each in range(torch.cuda.device_count())]
+    return ",".join(visible[:index] + visible[index + 1 :])
 
 
 def describe(where, num_processes: int, per_process: int = 1) -> str:
@@ -118,25 +193,43 @@ def describe(where, num_processes: int, per_process: int = 1) -> str:
     import torch
 
     number = num_processes * per_process
-    several = f"{number} x " if number > 1 else ""
     if where.type == "cuda":
-        name = torch.cuda.get_device_name(where)
+        here = torch.cuda.device_count()
+        names = [torch.cuda.get_device_name(each) for each in (range(here) if here == number else (where,))]
+        kinds = {name: names.count(name) if here == number else number for name in names}
     else:
-        name = (
-            f"CPU with {torch.get_num_threads()} threads, {'CUDA_VISIBLE_DEVICES hides all GPUs' if hidden() else 'no GPU found'}"
-        )
+        why = "CUDA_VISIBLE_DEVICES hides all GPUs" if hidden() else "no GPU found"
+        kinds = {f"CPU with {torch.get_num_threads()} threads, {why}": number}
+    all_of_them = ", ".join(f"{count} x {name}" if number > 1 else name for name, count in kinds.items())
     each = f", {per_process} to a worker" if per_process > 1 else ""
-    return f"device: {several}{name}{each} (torch {torch.__version__})"
+    return f"device: {all_of_them}{each} (torch {torch.__version__})"
 
 
-def _shares_its_gpus(number: int) -> bool:
-    """Whether the GPUs that this process sees are those of other local processes as well, each of which wants `number`. A launcher's processes
-    all see the same; a task of srun may have its own."""
+def _shares_its_gpus(gpus: int, number: int) -> bool:
+    """Whether the `gpus` GPUs that this process sees are those of other local processes as well, each of which wants `number`. A launcher's
+    processes all see the same; a task of srun may have its own."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
-    tasks = int(re.match(r"\d*", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0] or 1)
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "").strip()
-    return gpus.isdigit() and tasks * number > int(gpus)
+    here = os.environ.get("SLURM_GPUS_ON_NODE", "").strip()
+    if gpus == number:
+        return here.isdigit() and _tasks_here() * number > int(here)
+    return not here.isdigit() or _tasks_here() * gpus != int(here)
+
+
+def _is_one_of_srun() -> bool:
+    """Whether srun started this process and others, and nobody between: a launcher numbers its processes by RANK."""
+    return "RANK" not in os.environ and os.environ.get("SLURM_STEP_ID", "").isdigit() and os.environ.get("SLURM_NTASKS") != "1"
+
+
+def _tasks_here() -> int:
+    """Tasks of this Slurm step on this node: SLURM_STEP_TASKS_PER_NODE is `4(x2),3`, a number for each node; 1 without Slurm."""
+    tasks = [
+        int(number)
+        for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        for _ in range(int(times or 1))
+    ]
+    node = os.environ.get("SLURM_NODEID", "0")
+    return tasks[int(node)] if node.isdigit() and int(node) < len(tasks) else tasks[0] if tasks else 1
 
 
 def _openable_gpus() -> list[Path]:
@@ -154,20 +247,35 @@ def _opens(path: Path) -> bool:
 
 def driver() -> str:
     """`CUDA 12.8 (570.86.10)`, as far as the driver says."""
+    try:
+        number = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text())
+    except OSError:
+        number = None
+    version = _cuda_of_driver()
+    cuda = f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "an unknown CUDA"
+    return f"{cuda} ({number[0]})" if number else cuda
+
+
+def _cuda_of_driver() -> int:
+    """12080 for CUDA 12.8; 0 where it does not say."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     except OSError:
         pass
-    try:
-        number = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text())
-    except OSError:
-        number = None
-    cuda = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}" if version.value else "an unknown CUDA"
-    return f"{cuda} ({number[0]})" if number else cuda
+    return version.value
+
+
+def _driver_is_enough() -> bool:
+    """Any of the same major version is, for PyTorch's CUDA."""
+    import torch
+
+    return _cuda_of_driver() // 1000 >= int(torch.version.cuda.split(".")[0])
 
 
 def _built_for() -> str:
     import torch
 
-    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs"
+    if torch.version.cuda:
+        return f"built for CUDA {torch.version.cuda}"
+    return f"built for ROCm {torch.version.hip}" if torch.version.hip else "built for CPUs"

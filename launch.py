@@ -35,7 +35,9 @@ def launched() -> Process | None:
         return Process(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
     # The batch script itself also has SLURM_PROCID; only inside a step did srun number the processes.
     if environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ:
-        return Process(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"]))
+        task = Process(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"]))
+        # The only task of a step is a machine of its own, too: it starts a process for each of its GPUs.
+        return None if task == Process(rank=0, world=1, local_rank=0) else task
     return None
 
 
@@ -70,18 +72,18 @@ def num_local_processes(requested: int | None, default_without_gpu: int, gpus_pe
 def run_workers(num_workers: int) -> int:
     """Run this command again as `num_workers` local processes; return the first failure's exit code, or 0.
 
-    Workers do not talk to each other. Each distinct `Error:` line is shown once. A worker that was killed by a signal does not stop the
-    others: its shards are taken over. SIGUSR1 and SIGTERM are passed on.
+    Workers do not talk to each other. Each distinct `Error:` line is shown once, at once, and again at the end where others went on after it.
+    A worker that ends does not stop the others: its shards are taken over. SIGUSR1 and SIGTERM are passed on.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    errors: dict[str, None] = {}
+    errors: dict[str, int] = {}
     workers, readers = [], []
     with passing_on(workers):
         for index in range(num_workers):
             env = os.environ | {"RANK": str(index), "WORLD_SIZE": str(num_workers), "LOCAL_RANK": str(index)}
             env.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_workers)))
             worker = subprocess.Popen([sys.executable, *sys.argv], env=env, stderr=subprocess.PIPE)
-            reader = threading.Thread(target=_relay, args=(worker.stderr, index, errors), daemon=True)
+            reader = threading.Thread(target=_relay, args=(worker.stderr, index, errors, True), daemon=True)
             reader.start()
             workers.append(worker)
             readers.append(reader)
@@ -93,7 +95,7 @@ def run_workers(num_workers: int) -> int:
             raise
     for reader in readers:
         reader.join()
-    for line in errors:
+    for line in errors if 0 in codes else ():
         print(line, file=sys.stderr)
     for index, code in enumerate(codes):
         if code < 0:
@@ -103,23 +105,28 @@ def run_workers(num_workers: int) -> int:
     return next((code for code in codes if code > 0), 0)
 
 
-def _relay(stream, index: int, errors: dict[str, None], quiet_after_error: bool = False) -> None:
-    """Pass a worker's stderr on as it comes: worker 0's as it is, the others' with their number; hold back `Error:` lines."""
+def _relay(stream, index: int, errors: dict[str, int], show_errors: bool) -> None:
+    """Pass a process's stderr on as it comes: that of number 0 as it is, the others' with their number. An `Error:` line is kept in `errors`, with
+    the number of the process that said it first; the first of its kind is shown with `show_errors`, and otherwise what comes after it is not shown either."""
     prefix = b"" if index == 0 else f"[worker {index}] ".encode()
     line = b""
+
+    def take(whole: bytes) -> None:
+        if whole.startswith(b"Error:"):
+            text = whole.decode(errors="replace").rstrip()
+            if errors.setdefault(text, index) == index and show_errors:
+                print(text, file=sys.stderr, flush=True)
+        elif show_errors or not errors:
+            sys.stderr.buffer.write(prefix + whole)
+            sys.stderr.buffer.flush()
+
     while chunk := stream.read1():
         line += chunk
         while (end := max(line.find(b"\n"), line.find(b"\r"))) >= 0:
-            whole, line = line[: end + 1], line[end + 1 :]
-            if whole.startswith(b"Error:"):
-                errors[whole.decode(errors="replace").rstrip()] = None
-            elif not (errors and quiet_after_error):
-                sys.stderr.buffer.write(prefix + whole)
-                sys.stderr.buffer.flush()
-    if line.startswith(b"Error:"):
-        errors[line.decode(errors="replace")] = None
-    elif line and not (errors and quiet_after_error):
-        sys.stderr.buffer.write(prefix + line)
+            take(line[: end + 1])
+            line = line[end + 1 :]
+    if line:
+        take(line)
 
 
 def run_torchrun(num_processes: int) -> int:
@@ -142,7 +149,7 @@ def run_torchrun(num_processes: int) -> int:
     agent, errors = [], {}
     with passing_on(agent, STOP_TRAINING) as told:
         agent.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True))
-        _relay(agent[0].stderr, 0, errors, quiet_after_error=True)
+        _relay(agent[0].stderr, 0, errors, show_errors=False)
         code = agent[0].wait()
     for line in errors:
         print(line, file=sys.stderr)

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ SlurmdDebug=verbose
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={folder}/no-gpus
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
@@ -99,8 +101,15 @@ class Slurm:
     def states(self, job: str) -> dict[str, str]:
         return {name: fields["JobState"] for name, fields in self.jobs(job).items()}
 
-    def wait(self, job: str, states: set[str], timeout: float = 1200) -> dict[str, str]:
-        """Wait until every task of `job` is in one of `states`; TimeoutError, with the daemons' logs, otherwise."""
+    def wait(self, job: str, states: set[str], timeout: float = 600) -> dict[str, str]:
+        """Wait until every task of `job` is in one of `states`; TimeoutError, with the daemons' logs, otherwise.
+
+        A step that outlives SIGKILL by a minute takes its node out of service, and a job on two nodes would wait for ever. Slurm 22.05 was seen to
+        do so once, with a step that was ended while it began. The node is put back, with a warning.
+        """
+        for node in self.run("sinfo", "-h", "-N", "-o", "%N", "--states=drain", "--partition=all").split():
+            warnings.warn(f"Slurm took {node} out of service: {self.run('sinfo', '-R', '-h')}\n{self.log()}", stacklevel=2)
+            self.run("scontrol", "update", f"nodename={node}", "state=resume")
         deadline = time.monotonic() + timeout
         while not set((now := self.states(job)).values()) <= states:
             if time.monotonic() > deadline:
@@ -158,6 +167,9 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     conf = folder / "slurm.conf"
     conf.write_text(SLURM_CONF.format(host=hostname, folder=folder, controller_port=ports[0], nodes="\n".join(node_lines)))
     (folder / "gres.conf").write_text("\n".join(gres_lines) + "\n")
+    # Slurm names a job's GPUs, and these do not exist: a job of ours runs on the CPU on purpose.
+    (folder / "no-gpus").write_text("#!/bin/sh\necho export CUDA_VISIBLE_DEVICES=\n")
+    (folder / "no-gpus").chmod(0o755)
     env = os.environ | {"SLURM_CONF": str(conf)}
     slurm = Slurm(folder, env)
     daemons = []

@@ -3,6 +3,8 @@ those it gives on such a machine; what works is tested on GPUs in test_on_gpu.py
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import get_args
@@ -16,6 +18,7 @@ from train_setup import make_world
 
 import cli
 import devices
+import launch
 import precompute.desk.verify_model
 import precompute.inputs
 import precompute.worker
@@ -110,6 +113,68 @@ def test_a_gpu_that_does_not_exist_was_chosen(machine):
         devices.num_gpus()
 
 
+@pytest.mark.parametrize(
+    ("visible", "text"),
+    [
+        ("0,7,1", "names 3 GPUs, of which PyTorch can use 1; expected GPUs of this machine, each once. nvidia-smi"),
+        ("0,x", "names 2 GPUs, of which PyTorch can use 1"),
+        ("MIG-3c1d,MIG-77ab", "names 2 GPUs, .* can use 1; expected one part of a GPU .MIG. for a process.*--gpus-per-task=1"),
+    ],
+)
+def test_fewer_gpus_than_were_named(machine, visible, text):
+    """CUDA ends the list at the first entry that is no GPU, and shows a process one part of a GPU; neither says so."""
+    machine(usable=1, counted=1, files=4, visible=visible)
+    with pytest.raises(InputError, match=f"CUDA_VISIBLE_DEVICES={re.escape(visible)}: {text}"):
+        devices.num_gpus()
+
+
+@pytest.mark.parametrize("visible", ["0,1", " 2, 3", "0,1,", "0,1,-1,5", "GPU-8f6d,GPU-0b2e"])
+def test_as_many_gpus_as_were_named(machine, visible):
+    machine(usable=2, counted=2, files=4, visible=visible)
+    assert devices.num_gpus() == 2
+
+
+def test_a_gpu_was_named_and_there_is_none(machine):
+    """As in a container that was not given the job's GPUs."""
+    machine(visible="0,1")
+    with pytest.raises(InputError, match='CUDA_VISIBLE_DEVICES=0,1: names a GPU, and there is none here.*--gpus all.*DEVICES=""'):
+        devices.num_gpus()
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("Error 802: system not yet initialized", "systemctl start nvidia-fabricmanager"),
+        ("Error 803: system has unsupported display driver / cuda driver combination", "restart it"),
+        ("Error 804: forward compatibility was attempted on non supported HW", "LD_LIBRARY_PATH"),
+        ("CUDA unknown error", "nvidia-smi"),
+    ],
+)
+def test_cuda_that_does_not_start_under_a_driver_that_is_new_enough(machine, monkeypatch, error, remedy):
+    machine(counted=8, said=f"CUDA initialization: Unexpected error from cudaGetDeviceCount(). {error} (Triggered internally …)")
+    monkeypatch.setattr(devices, "_cuda_of_driver", lambda: 13000)
+    with pytest.raises(InputError, match=re.escape(error)) as raised:
+        devices.num_gpus()
+    assert remedy in str(raised.value) and "expected CUDA that starts" in str(raised.value)
+    assert "newer" not in str(raised.value) and "Install" not in str(raised.value)
+    monkeypatch.setattr(devices, "_cuda_of_driver", lambda: 12080)
+    with pytest.raises(InputError, match="a driver for CUDA 13.0 or newer"):
+        devices.num_gpus()
+
+
+def test_a_pytorch_for_rocm_beside_nvidias(machine, monkeypatch):
+    machine(cuda=None, files=1)
+    monkeypatch.setattr(torch.version, "hip", "7.1.0")
+    with pytest.raises(InputError, match="expected a PyTorch built for CUDA; found .* built for ROCm 7.1.0"):
+        devices.num_gpus()
+
+
+def test_gpus_of_several_kinds(machine, monkeypatch):
+    machine(usable=3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100" if device == 1 else "NVIDIA H100")
+    assert devices.describe(torch.device("cuda", 0), 3) == f"device: 2 x NVIDIA H100, 1 x NVIDIA A100 (torch {torch.__version__})"
+
+
 @pytest.mark.parametrize("visible", ["0,1,2,3", "GPU-8f6d3a51-0b2e", "MIG-3c1d"])
 def test_a_driver_that_is_too_old_in_a_job_of_slurm(machine, visible):
     """Slurm names the job's GPUs in every job; they are not what is wrong."""
@@ -190,7 +255,9 @@ def test_a_store_records_the_kernel_that_made_it(commands, monkeypatch, tmp_path
     words = [word.replace(str(commands[1]), str(tmp_path / "store")) for word in commands[0]["precompute"]]
     result = CliRunner().invoke(cli.main, [*words, "--attention-kernel", "FA4"])
     assert result.exit_code == 0, result.output
-    assert open_store(tmp_path / "store").manifest.provenance["attention_kernel"] == "FA4"
+    provenance = open_store(tmp_path / "store").manifest.provenance
+    assert provenance["attention_kernel"] == "FA4"
+    assert provenance["shards_by_attention_kernel"] == {"FA4": 1}  # others may go on with another
 
 
 def test_a_gpu_that_does_not_compute(machine, monkeypatch):
@@ -206,6 +273,21 @@ def test_a_gpu_that_does_not_compute(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
     with pytest.raises(InputError, match="NVIDIA B200 cannot be used: CUDA error: no kernel image.*sm_80, sm_90.*found sm_100"):
         devices.device(0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError])
+def test_a_gpu_that_does_not_answer(machine, monkeypatch, error):
+    """NVML counts four and CUDA three: PyTorch cannot even name the last one, and has three ways to say so."""
+
+    def refuse(*args, **kwargs):
+        raise error("device >= 0 && device < num_gpus INTERNAL ASSERT FAILED")
+
+    machine(usable=4)
+    monkeypatch.setattr(torch, "zeros", refuse)
+    for name in ("get_device_name", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    with pytest.raises(InputError, match="cuda:3: this GPU cannot be used: device >= 0.*export CUDA_VISIBLE_DEVICES=0,1,2. To run"):
+        devices.device(3)
 
 
 SRUN = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
@@ -235,6 +317,71 @@ def test_the_only_visible_gpu(machine, monkeypatch, environment, shared):
             devices.device(3)
     else:
         assert devices.device(3) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS": "4"}, 2),  # one node, its GPUs for all tasks
+        ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS": "2"}, "--ntasks-per-node=8"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS": "2"}, "--ntasks-per-node=4"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS": "2", "RANK": "2"}, 2),  # by a launcher
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS": "1"}, 2),  # verify, say
+    ],
+)
+def test_a_task_of_srun_with_more_gpus_than_it_uses(machine, monkeypatch, environment, expected):
+    machine(usable=4)
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_STEP_ID": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, device: zeros(*args))
+    if isinstance(expected, int):
+        assert devices.device(expected) == torch.device("cuda", expected)
+    else:
+        with pytest.raises(
+            InputError, match=f"srun: each task has 4 GPUs and would use 1; expected one task for each GPU: {expected}"
+        ):
+            devices.device(0)
+
+
+def test_one_gpu_for_all_tasks_of_the_second_node(machine, monkeypatch):
+    machine(usable=1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in {"STEP_TASKS_PER_NODE": "1(x2),4", "NODEID": "2", "GPUS_ON_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(InputError, match="no GPU for local rank 3"):
+        devices.device(3)
+
+
+def test_a_step_of_one_task_starts_its_own_processes(monkeypatch):
+    """srun --ntasks=1 --gpus=4: one for each GPU, as without Slurm."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"STEP_ID": "0", "PROCID": "0", "NTASKS": "1", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert launch.launched() is None
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert launch.launched() == launch.Process(0, 2, 0)
+
+
+def test_an_error_of_one_worker_is_shown_while_the_others_go_on(tmp_path):
+    """Of one bad GPU among four, at once: the others may take hours. And again at the end, below all that they said."""
+    (tmp_path / "worker.py").write_text(
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "if os.environ['RANK'] == '1':\n    sys.exit('Error: cuda:1 is broken.')\n"
+        "end = time.time() + 120\n"
+        "while not Path(sys.argv[1]).exists() and time.time() < end:\n    time.sleep(0.05)\n"
+        "print('done', file=sys.stderr)\n"
+    )
+    code = "import launch, sys; sys.argv = sys.argv[1:]; sys.exit(launch.run_workers(2))"
+    command = [sys.executable, "-c", code, tmp_path / "worker.py", tmp_path / "seen"]
+    with subprocess.Popen(command, cwd=Path(launch.__file__).parent, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stderr.readline() == "Error: cuda:1 is broken.\n"
+        (tmp_path / "seen").touch()
+        assert started.stderr.read() == "done\nError: cuda:1 is broken.\n"
+    assert started.returncode == 1
 
 
 def test_a_pytorch_without_windows_in_varlen_attention(monkeypatch):
@@ -307,5 +454,12 @@ def test_a_kernel_whose_package_is_absent_or_that_does_not_run_the_model(monkeyp
         named_kernel("FA4"),
     ):
         raise RuntimeError("FA4 flash_attention forward unsupported: head")
+    with (
+        pytest.raises(InputError, match="FA4: the kernel does not run this model: AssertionError: unsupported head_dim"),
+        named_kernel("FA4"),
+    ):
+        raise AssertionError("unsupported head_dim")  # FlashAttention 4 is written in Python
+    with pytest.raises(InputError, match="^as it was"), named_kernel("FA4"):
+        raise InputError("as it was")
     with pytest.raises(RuntimeError, match="as it was"), named_kernel("default"):
         raise RuntimeError("as it was")

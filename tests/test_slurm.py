@@ -84,6 +84,14 @@ def submit(
     return first, second
 
 
+def test_a_node_out_of_service_is_put_back(slurm):
+    """What the tests below build on where Slurm takes one of the two nodes away."""
+    slurm.run("scontrol", "update", "nodename=n2", "state=drain", "reason=tried")
+    job = slurm.run("sbatch", "--parsable", "--nodes=2", "--output=/dev/null", "--wrap", "true")
+    with pytest.warns(UserWarning, match="took n2 out of service: tried"):
+        assert slurm.wait(job, DONE) == {job: "COMPLETED"}
+
+
 SAY = "from store.command import again; print(again('--resume'))"
 
 
@@ -123,8 +131,8 @@ def test_submitted_from_another_folder_with_resources_for_each_phase(slurm, mode
     of_first, of_second = slurm.jobs(first)[first], slurm.jobs(second)[second]
     assert (of_first["Partition"], of_first["TimeLimit"]) == ("all", "00:30:00")
     assert (of_second["Partition"], of_second["TimeLimit"]) == ("other", "00:25:00")
-    assert slurm.wait(first, DONE, timeout=1200) == {first: "COMPLETED"}, logged(tmp_path / "logs")
-    assert slurm.wait(second, DONE, timeout=1200) == {second: "COMPLETED"}, logged(tmp_path / "logs")
+    assert slurm.wait(first, DONE) == {first: "COMPLETED"}, logged(tmp_path / "logs")
+    assert slurm.wait(second, DONE) == {second: "COMPLETED"}, logged(tmp_path / "logs")
     assert (slurm.jobs(first)[first]["NodeList"], slurm.jobs(second)[second]["NodeList"]) == ("n1", "n2")
     manifest = open_store(tmp_path / "store" / "rows", check="sha256").manifest
     assert manifest.identity.num_rows == 24 and manifest.command.words == tuple(typed) and manifest.command.folder == str(tmp_path)
@@ -143,7 +151,7 @@ def logged(logs: Path) -> str:
     return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(logs.glob("*.out")))
 
 
-def wait_until(condition, logs: Path, timeout: float = 1200) -> None:
+def wait_until(condition, logs: Path, timeout: float = 600) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, logged(logs)
@@ -159,17 +167,21 @@ def test_an_array_with_a_killed_and_a_requeued_task_seals_the_same_store(slurm, 
     """Eight workers on two nodes. One is killed, one requeued while they work; the others take over, and all but the killed one succeed."""
     store, logs = tmp_path / "a store", tmp_path / "logs"
 
-    def running() -> list[str]:
-        return [task for task, state in slurm.states(first).items() if state == "RUNNING"]
+    def at_work() -> list[str]:
+        """Tasks whose worker has said its first line: Slurm calls a task running that has not begun."""
+        tasks = slurm.jobs(first)
+        said = {path.name: "device: " in path.read_text() for path in logs.glob("*.out")}
+        begun = {task for task, fields in tasks.items() if said.get(f"refdpo-precompute-{fields['JobId']}.out")}
+        return [task for task, fields in tasks.items() if fields["JobState"] == "RUNNING" and task in begun]
 
     with shard_held(store, 40):  # no task can end before these two were hit
         first, second = submit(slurm, model, store, logs, "--array", "8", precompute="--shard-size 1")
-        wait_until(lambda: list(store.glob("*.parquet")) and len(running()) > 1, logs)
+        wait_until(lambda: list(store.glob("*.parquet")) and len(at_work()) > 1, logs)
         assert len(slurm.states(first)) == 8
-        killed, requeued = running()[:2]
+        killed, requeued = at_work()[:2]
         slurm.run("scancel", "--signal=KILL", killed)
         slurm.run("scontrol", "requeue", requeued)
-    states = slurm.wait(first, DONE, timeout=1200)
+    states = slurm.wait(first, DONE)
     assert states.pop(killed) in ("FAILED", "CANCELLED"), logged(logs)
     assert set(states.values()) == {"COMPLETED"}, (states, logged(logs))
     assert slurm.jobs(first)[requeued]["Restarts"] == "1"
@@ -196,8 +208,8 @@ def chained(slurm, model, tmp_path_factory) -> Path:
     train = f"--max-steps {STEPS} --output-dir {folder}/run"
     first, second = submit(slurm, model, folder / "store", folder / "logs", "--train-nodes", "2", train=train)
     assert slurm.jobs(second)[second]["Dependency"].startswith("afterok:")
-    assert slurm.wait(first, DONE, timeout=1200) == {first: "COMPLETED"}, logged(folder / "logs")
-    assert slurm.wait(second, DONE, timeout=1200) == {second: "COMPLETED"}, logged(folder / "logs")
+    assert slurm.wait(first, DONE) == {first: "COMPLETED"}, logged(folder / "logs")
+    assert slurm.wait(second, DONE) == {second: "COMPLETED"}, logged(folder / "logs")
     assert slurm.jobs(second)[second]["NodeList"] == "n[1-2]"
     return folder
 
@@ -225,7 +237,7 @@ def test_a_warned_phase_1_is_requeued_and_goes_on(slurm, model, reference, tmp_p
         logs
     )
     assert not (store / "_manifest.json").exists(), logged(logs)
-    assert slurm.wait(first, DONE, timeout=1200) == {first: "COMPLETED"}, logged(logs)
+    assert slurm.wait(first, DONE) == {first: "COMPLETED"}, logged(logs)
     assert slurm.jobs(first)[first]["Restarts"] == "1"
     assert "rows are done, going on" in logged(logs)
     assert shard_bytes(store) == shard_bytes(reference)
@@ -248,7 +260,7 @@ def test_a_warned_training_is_requeued_and_resumes_to_the_same_losses(slurm, cha
     job = slurm.run("sbatch", "--parsable", *options, ROOT / "slurm/train.sbatch", *arguments, env=environ)
     wait_until(lambda: f"step 1/{STEPS}" in logged(logs), logs)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait(job, DONE, timeout=1200) == {job: "COMPLETED"}, logged(logs)
+    assert slurm.wait(job, DONE) == {job: "COMPLETED"}, logged(logs)
     assert slurm.jobs(job)[job]["Restarts"] == "1", logged(logs)
     stopped_at = int(re.search(r"a checkpoint is written at step (\d+) of", logged(logs))[1])
     assert 1 <= stopped_at < STEPS
@@ -258,7 +270,7 @@ def test_a_warned_training_is_requeued_and_resumes_to_the_same_losses(slurm, cha
     again = shlex.split(re.search(r"stopped by SIGUSR1.* to go on: (.*)$", logged(logs), re.MULTILINE)[1])
     assert {"--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2", "slurm/train.sbatch", *map(str, arguments)} <= {*again}
     job = slurm.run("sbatch", "--parsable", f"--output={logs}/%x-%j.out", *again[1:], cwd=ROOT, env={"PYTHON": sys.executable})
-    assert slurm.wait(job, DONE, timeout=1200) == {job: "COMPLETED"}, logged(logs)
+    assert slurm.wait(job, DONE) == {job: "COMPLETED"}, logged(logs)
     assert "trained already, nothing to do" in logged(logs)
 
 

@@ -6,6 +6,7 @@ training  3 times that: one forward, twice as much backward. What gradient check
           weight (LoRA) the backward has one product, not two
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,24 +14,48 @@ import torch
 from transformers import PreTrainedModel
 
 PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "B100": 1750e12,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
 }
-"""Dense bfloat16 or float16, FLOPs per second, from the vendor's data sheets; the first name that the GPU's contains holds."""
+"""Dense bfloat16 or float16 with sums in float32, FLOPs per second, as the vendor states them; those of B200, GB200 and H100 were
+looked up on other pages than the vendor's, the rest are from memory, and sources disagree on B300. Whole words of the GPU's name; the first
+that it has holds. A GPU that is not here has no MFU: a peak that is guessed would be worse than none."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Of one device; None where it is not known."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak_of_name(torch.cuda.get_device_name(device))
+
+
+def peak_of_name(name: str) -> float | None:
+    """Of a GPU as its driver calls it. A slice of one (MIG) and its other models, such as a laptop's, are not known."""
+    if re.search(r"\b(MIG|Laptop|Max-Q|Ti|SUPER|D)\b", name):
+        return None
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 @dataclass(frozen=True)

