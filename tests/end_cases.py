@@ -119,7 +119,8 @@ def case(length: str, ranks: int, number: int, points: str) -> dict:
         codes, _ = job(length, ranks, folder, at, number)
         # Another rank may have come to its end before: the first one writes the record.
         killed = codes[0] == -signal.SIGKILL and set(codes) <= {0, -signal.SIGKILL}
-        ended = killed if number == signal.SIGKILL else codes == [0] * ranks
+        # Told to stop, a run drops its last evaluation, or finishes if that was done.
+        ended = killed if number == signal.SIGKILL else codes in ([0] * ranks, [75] * ranks)
         left = sorted(path.name for path in folder.iterdir())
         again, _ = job(length, ranks, folder, at=None)
         found = outcome(folder) if (folder / "run.json").exists() else {}

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny import make_model
 from train_setup import make_rows, make_store, make_tokenizer, make_world
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import train.run
 from precompute.scorer.rescore import Rescored
 from store.errors import InputError, StoreError
 from store.reader import open_store
@@ -153,3 +155,16 @@ def test_eval_store_must_come_from_the_same_model(store, world, tmp_path):
     other = make_store(tmp_path / "other", world.model, make_rows(5, seed=3), "bfloat16")
     with pytest.raises(StoreError, match=r"another weights_sha256, dtype than .* --dtype float32"):
         compare_stores(other, store)
+
+
+def test_too_little_memory_for_the_gate(monkeypatch):
+    """It scores each pair alone by the plain forward, with all logits."""
+
+    def check(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.06 GiB.")
+
+    monkeypatch.setattr(gate, "check", check)
+    rank = SimpleNamespace(config=SimpleNamespace(seed=0, allow_different_policy=False))
+    planned = SimpleNamespace(checkpoint=None, store=None, policy=SimpleNamespace(name="policy", revision=None))
+    with pytest.raises(InputError, match="out of memory in the gate, .*found CUDA out of memory.*GPUs that have more"):
+        train.run._pass_gate(rank, planned, None, None)

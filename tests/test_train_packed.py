@@ -21,7 +21,7 @@ from store.errors import InputError
 from train.balance import BalancedSampler, Shape, deal, deal_whole, imbalance, shuffled
 from train.choices import LOSS_TYPES
 from train.data import Lengths
-from train.flops import PairFlops
+from train.flops import PairFlops, peak_of_name
 from train.packed import pack_policy
 from train.speed import Speed
 
@@ -293,6 +293,27 @@ def test_flops_by_hand():
     4+5 and 4 of the completions = 19; with a window of 2: 1+2+2, 2+2, 2 = 11. Forward 2*10*6 + 2*5*3 + 4*2*(19+11) = 390, three times that."""
     flops = PairFlops(body=10, head=5, widths=(2, 2), windows=(None, 2))
     assert flops.of_pairs(np.array([3]), np.array([2]), np.array([1])).tolist() == [1170]
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_peaks_by_the_names_that_drivers_give(name, teraflops):
+    assert peak_of_name(name) == (None if teraflops is None else teraflops * 1e12)
 
 
 def test_flops_of_a_model_are_its_products():

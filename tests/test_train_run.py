@@ -22,6 +22,7 @@ from train.checkpoint import last_checkpoint, remove_cut_short
 from train.config import TrainConfig
 from train.plan import plan, policy_of
 from train.ranks import join, refuse_abandoned_build
+from train.reshard import must_reshard, refuse_optimizer
 from train.run import train
 
 
@@ -289,6 +290,20 @@ def test_a_deepspeed_file_that_contradicts_the_options_is_refused_at_once(config
     zero.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 3}))
     with pytest.raises(InputError, match="contradicts the options.*expected --effective-batch-size .*; found train_batch_size 3"):
         plan(replace(config, zero_config=zero), world=1)
+
+
+@pytest.mark.parametrize("optim", [None, "adamw_torch", "sgd", "adamw_bnb_8bit"])
+def test_states_that_deepspeed_does_not_convert_are_refused_before_a_model_is_loaded(tmp_path, optim):
+    (tmp_path / "global_step4").mkdir()
+    (tmp_path / "latest").write_text("global_step4")
+    for rank in (0, 1, 2):
+        (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    assert must_reshard(tmp_path, 2) and not must_reshard(tmp_path, 3)
+    if optim in (None, "adamw_torch"):
+        refuse_optimizer(tmp_path, optim)
+        return
+    with pytest.raises(InputError, match=rf"--optim {optim}: .*as many processes as before \(3\)"):
+        refuse_optimizer(tmp_path, optim)
 
 
 def test_last_checkpoint_is_found(config):

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,15 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), num_rows=12)
 
 
-def train(world, folder: Path, *options: object, code: int = 0) -> str:
+def words_of(world, folder: Path) -> list[object]:
     words = ["train", world.store, "--output-dir", folder, "--loss-type", "sigmoid", "--effective-batch-size", 4, "--max-steps", 4]
-    words += ["--per-device-train-batch-size", 2, "--eval-fraction", 0.3, "--eval-steps", 1, "--warmup-steps", 0]
+    return [*words, "--per-device-train-batch-size", 2, "--eval-fraction", 0.3, "--eval-steps", 1, "--warmup-steps", 0]
+
+
+def train(world, folder: Path, *options: object, code: int = 0) -> str:
+    words = [*words_of(world, folder), *options]
     with one_rank():
-        result = CliRunner().invoke(cli.main, [str(word) for word in (*words, *options)], catch_exceptions=False)
+        result = CliRunner().invoke(cli.main, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.output
 
@@ -37,15 +42,19 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("metric", ["loss", "rewards/margins"])
-def test_the_best_checkpoint_is_what_is_saved(world, tmp_path, metric):
-    """A rate so high that training soon makes the model worse: the last step is not the best."""
-    options = ["--learning-rate", 0.05, "--save-steps", 1, "--load-best-model-at-end", "--metric-for-best-model", metric]
+@pytest.mark.parametrize(
+    ("metric", "save_steps"), [("loss", 1), ("rewards/margins", 1), pytest.param("loss", 2, marks=pytest.mark.slow)]
+)
+def test_the_best_checkpoint_is_what_is_saved(world, tmp_path, metric, save_steps):
+    """A rate so high that training soon makes the model worse: the last step is not the best. Nor is one of which there is no checkpoint."""
+    options = ["--learning-rate", 0.05, "--save-steps", save_steps, "--load-best-model-at-end", "--metric-for-best-model", metric]
     output = train(world, tmp_path / "run", *options)
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     found = {each["step"]: each[f"eval_{metric}"] for each in written["log_history"] if f"eval_{metric}" in each}
     assert sorted(found) == [1, 2, 3, 4]
-    best = (min if metric == "loss" else max)(found, key=found.get)
+    which = min if metric == "loss" else max
+    best = which((step for step in found if step % save_steps == 0), key=found.get)
+    assert save_steps == 1 or which(found, key=found.get) != best
     saved = weights(tmp_path / "run")
     assert same(saved, weights(tmp_path / "run" / f"checkpoint-{best}"))
     assert best == 4 or not same(saved, weights(tmp_path / "run" / "checkpoint-4"))
@@ -66,6 +75,22 @@ def test_the_best_checkpoint_is_saved_by_a_run_that_went_on_in_another_place(wor
     (moved / "model.safetensors").unlink()
     train(world, moved, *options, "--resume")
     assert same(weights(moved), saved)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_of_two_ranks_is_saved_by_one(world, tmp_path):
+    """Killed after its last step on two ranks, gone on with on one: the optimizer's states of the best are those of two."""
+    options = ["--learning-rate", 0.05, "--save-steps", 1, "--load-best-model-at-end"]
+    words = [sys.executable, Path(cli.__file__), *words_of(world, tmp_path / "run"), *options, "--num-processes", 2]
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    subprocess.run([str(word) for word in words], env=environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    record = tmp_path / "run" / "run.json"
+    assert json.loads(record.read_text())["best"]["step"] < 4
+    saved = weights(tmp_path / "run")
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    (tmp_path / "run" / "model.safetensors").unlink()
+    output = train(world, tmp_path / "run", *options, "--resume")
+    assert "another number of processes" in output and same(weights(tmp_path / "run"), saved)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """TRL's loss on values from a store: equal to TRL with its own reference, for every loss type, and without what TRL does besides."""
 
+import copy
 import json
 import math
 
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tiny import EXPERTS, SMALL
 from train_setup import MAX_LENGTH, make_rows, make_store, make_world
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PhimoeConfig, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import base_trainer, dpo_trainer
 from trl.trainer.utils import hash_module
 
+from store.errors import InputError
 from store.reader import open_store
-from train.choices import LOSS_TYPES
+from train.choices import LOSS_TYPES, SMOOTHED
 from train.data import dataset_of, lengths_of
 from train.dropout import turn_off
 from train.trainer import StoreDPOTrainer
@@ -47,6 +50,16 @@ def settings(tmp_path_factory):
 
 def policy(world) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(world.model)
+
+
+def moved(world) -> PreTrainedModel:
+    """A policy that is not the reference, so that no value stands where it starts."""
+    model = policy(world)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
 
 
 def tokenizer(world) -> PreTrainedTokenizerFast:
@@ -101,6 +114,25 @@ def test_losses_equal_trls_with_an_online_reference(world, settings, loss):
     assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
 
 
+def test_a_run_that_diverges_ends_with_one_error(world, settings):
+    trainer = from_store(world, settings, learning_rate=1e30, optim="sgd")
+    with pytest.raises(InputError, match=r"step 2 of 3: .* diverged; found .*, gradient norm nan. .*lower --learning-rate"):
+        trainer.train()
+
+
+def test_a_step_that_the_engine_left_out_is_no_step(world, settings):
+    trainer = from_store(world, settings, max_steps=1)
+    trainer.train()
+    trainer.model_wrapped.skipped_steps = 2  # DeepSpeed's name, after two gradients without end
+    with pytest.raises(InputError, match="loss 0.5, gradient norm 1, 2 step.s. without effect"):
+        trainer.log({"loss": 0.5, "grad_norm": 1.0})
+    trainer.log({"loss": 0.5, "grad_norm": 1.0})
+    with pytest.raises(InputError, match="gradient norm inf"):
+        trainer.log({"loss": 0.5, "grad_norm": math.inf})
+    trainer.args.fp16 = True  # there they are part of the search for a scale
+    trainer.log({"loss": 0.5, "grad_norm": math.inf})
+
+
 @pytest.mark.parametrize(
     "derived", [{"max_length": 40}, {"max_length": 24}, {"ld_alpha": 0.3}, {"max_length": 40, "ld_alpha": 0.7}]
 )
@@ -118,6 +150,29 @@ def test_derived_rows_equal_trls_own_precompute(world, settings, derived):
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         assert one[name].dtype == torch.float32
         assert torch.allclose(one[name], other[name], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("divergence", "dtype"), [("reverse_kl", torch.float64), ("alpha_divergence", torch.float32)])
+def test_packed_log_probs_are_summed_in_float64(world, settings, monkeypatch, divergence, dtype):
+    """In TRL's loss, in training and evaluation, but under the divergence that knows no float64."""
+    seen = []
+    logsigmoid = dpo_trainer.F.logsigmoid
+    monkeypatch.setattr(dpo_trainer.F, "logsigmoid", lambda margins: seen.append(margins.dtype) or logsigmoid(margins))
+    store = open_store(world.store)
+    dataset = dataset_of(store, MAX_LENGTH)
+    args = DPOConfig(**settings | {"precompute_ref_log_probs": True, "f_divergence_type": divergence, "max_steps": 1})
+    trainer = StoreDPOTrainer(
+        model=policy(world),
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer(world),
+        lengths=lengths_of(dataset, store, MAX_LENGTH),
+    )
+    trainer.train()
+    assert set(seen) == {dtype}
+    seen.clear()
+    trainer.evaluate(dataset)
+    assert set(seen) == {dtype}
 
 
 def test_sliding_window_models_start_at_ln_2(tmp_path, settings):
@@ -153,21 +208,13 @@ def test_evaluation_is_that_of_stock_trl_with_all_pairs_in_one_batch(world, sett
     held_out = make_store(tmp_path / "held-out", world.model, rows)
     shared = settings | {"use_weighting": True, "discopop_tau": 1.0}  # as in packed_cases.py
 
-    def moved() -> PreTrainedModel:
-        model = policy(world)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
-        return model
-
     args = DPOConfig(**shared | {"per_device_eval_batch_size": 7})
     texts = {"train_dataset": Dataset.from_list(list(world.rows)), "eval_dataset": Dataset.from_list(list(rows))}
-    theirs = DPOTrainer(model=moved(), ref_model=policy(world), args=args, processing_class=tokenizer(world), **texts)
+    theirs = DPOTrainer(model=moved(world), ref_model=policy(world), args=args, processing_class=tokenizer(world), **texts)
     args = DPOConfig(**shared | {"precompute_ref_log_probs": True, "per_device_eval_batch_size": 3})
     dataset = dataset_of(open_store(world.store), MAX_LENGTH)
     ours = [
-        StoreDPOTrainer(model=moved(), args=args, train_dataset=dataset, processing_class=tokenizer(world), lengths=lengths)
+        StoreDPOTrainer(model=moved(world), args=args, train_dataset=dataset, processing_class=tokenizer(world), lengths=lengths)
         for lengths in (None, lengths_of(dataset, open_store(world.store), MAX_LENGTH))
     ]
     for name, loss in EVALUATED.items():
@@ -182,6 +229,71 @@ def test_evaluation_is_that_of_stock_trl_with_all_pairs_in_one_batch(world, sett
             assert {key: each[key] for key in values} == pytest.approx(
                 {key: expected[key] for key in values}, rel=2e-5, abs=1e-5
             ), name
+
+
+def test_an_evaluations_auxiliary_loss_does_not_depend_on_the_batch_size(world, settings, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **(SMALL | EXPERTS | {"num_hidden_layers": 1})))
+    evaluated = dataset_of(make_store(tmp_path / "held-out", world.model, make_rows(5, seed=5)), MAX_LENGTH)
+    seen = []
+    for size in (1, 3):
+        args = settings | {"precompute_ref_log_probs": True, "router_aux_loss_coef": 0.5, "per_device_eval_batch_size": size}
+        store = open_store(world.store)
+        dataset = dataset_of(store, MAX_LENGTH)
+        trainer = StoreDPOTrainer(
+            model=copy.deepcopy(model),
+            args=DPOConfig(**args),
+            train_dataset=dataset,
+            processing_class=tokenizer(world),
+            lengths=lengths_of(dataset, store, MAX_LENGTH),
+        )
+        seen.append(trainer.evaluate(evaluated))
+    assert seen[0]["eval_aux_loss"] > 1
+    for name in ("eval_loss", "eval_aux_loss"):
+        assert seen[0][name] == pytest.approx(seen[1][name], rel=1e-6)
+
+
+def test_label_smoothing_is_accepted_for_the_losses_that_trl_smooths(world, settings, tmp_path):
+    """Those whose value it changes; it is refused for the others, which would ignore it."""
+    trainer = from_store(world, settings)
+    evaluated = dataset_of(make_store(tmp_path / "held-out", world.model, make_rows(4, seed=5), shift=3.0), MAX_LENGTH)
+
+    def loss(name: str, smoothing: float) -> float:
+        vars(trainer).update(PLAIN | {"loss_types": [name], "loss_weights": [1.0], "label_smoothing": smoothing})
+        return trainer.evaluate(evaluated)["eval_loss"]
+
+    changed = [name for name in LOSS_TYPES if abs(loss(name, 0.1) - loss(name, 0.3)) > 1e-3]
+    assert sorted(changed) == sorted(SMOOTHED)
+
+
+def test_what_is_logged_every_second_step_is_what_trl_logs(world, settings):
+    """The mean of steps, each of them the mean over its pairs or its tokens: of 10, 10 and 4 pairs, and 10 of the next epoch; here in three micro-batches,
+    in TRL in one."""
+    changes = settings | {"logging_steps": 2, "max_steps": 4}
+    theirs = stock(world, changes, moved(world), per_device_train_batch_size=10)
+    dataset = dataset_of(open_store(world.store), MAX_LENGTH)
+    lengths = lengths_of(dataset, open_store(world.store), MAX_LENGTH)
+    ours = StoreDPOTrainer(
+        model=moved(world),
+        args=DPOConfig(**(changes | {"precompute_ref_log_probs": True})),
+        train_dataset=dataset,
+        processing_class=tokenizer(world),
+        lengths=lengths,
+        tokens_per_batch=int(lengths.packed.sum()) // 5,
+        pairs_per_step=10,
+    )
+    assert ours.bins.num_micro_steps > 1
+    (mine, speed), (trls, _) = (
+        [[entry for entry in trainer.state.log_history if name in entry] for name in ("loss", "train_runtime")]
+        for trainer in (ours, theirs)
+        if trainer.train()
+    )
+    assert [entry["step"] for entry in mine] == [entry["step"] for entry in trls] == [2, 4]
+    for one, other in zip(mine, trls, strict=True):
+        expected = {name: value for name, value in other.items() if name != "loss"}
+        assert {name: one[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=2e-5)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert speed[0]["train_samples_per_second"] * speed[0]["train_runtime"] == pytest.approx(34, rel=0.02)
 
 
 def test_sft_is_a_mean_over_the_global_batch(world, settings):

@@ -6,12 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ranks import launch
 from tiny import make_model
-from train_setup import make_rows, make_store, make_tokenizer, make_world, token_logps
+from train_setup import (
+    DPO_SETTINGS,
+    SCHEDULE_ARGUMENTS,
+    SCHEDULE_STEPS,
+    SCHEDULE_WARMUP,
+    make_rows,
+    make_store,
+    make_tokenizer,
+    make_world,
+    token_logps,
+)
 from transformers import AutoModelForCausalLM
+from transformers.optimization import get_scheduler
 
 from store.reader import open_store
+from train.choices import SCHEDULES
 
 SHIFT = -3.0
 BETA = 0.1
@@ -40,6 +53,14 @@ def results(folder: Path) -> dict:
 def test_it_is_zero_2_on_two_processes(results):
     assert results["start"]["engine"] == "DeepSpeedEngine stage 2"
     assert results["start"]["world"] == 2
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_every_schedule_runs_on_the_engines_optimizer(results, kind):
+    plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=DPO_SETTINGS["learning_rate"])
+    schedule = get_scheduler(kind, plain, SCHEDULE_WARMUP, SCHEDULE_STEPS, SCHEDULE_ARGUMENTS.get(kind))
+    expected = [schedule.lr_lambdas[0](step) for step in range(SCHEDULE_STEPS)]
+    assert results["start"]["schedules"][kind] == pytest.approx(expected, rel=1e-12)
 
 
 def test_policy_equal_to_reference_starts_at_ln_2(results):

@@ -41,6 +41,15 @@ DPO_SETTINGS = {
 }
 """DPOConfig's, for trainers that are compared with stock TRL's under DeepSpeed: four pairs to a rank's step."""
 
+SCHEDULE_STEPS, SCHEDULE_WARMUP = 12, 3
+SCHEDULE_ARGUMENTS = {
+    "polynomial": {"power": 2.0, "lr_end": 1e-4},
+    "cosine_with_min_lr": {"min_lr": 1e-4},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-4, "warmup_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 4},
+}
+"""Those that look at the learning rate that the optimizer began with are asked to."""
+
 
 def run_config(folder: Path, **changes) -> TrainConfig:
     """A short run over folder/store into folder/run. Without `changes` its micro-batches have two pairs, its steps eight."""

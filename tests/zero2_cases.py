@@ -17,7 +17,7 @@ from datasets import Dataset
 from deepspeed.utils import safe_get_full_grad
 from ranks import run_cases
 from tiny import SMALL
-from train_setup import DPO_SETTINGS, MAX_LENGTH, run_config
+from train_setup import DPO_SETTINGS, MAX_LENGTH, SCHEDULE_ARGUMENTS, SCHEDULE_STEPS, SCHEDULE_WARMUP, run_config
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -25,10 +25,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.trainer_utils import SchedulerType
 from trl import DPOConfig, DPOTrainer
 
 from store.errors import RefdpoError
 from store.reader import open_store
+from train.choices import SCHEDULES
 from train.data import dataset_of
 from train.leave import leave
 from train.run import train
@@ -107,9 +109,18 @@ def history(trainer, key: str = "loss") -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def rates(trainer: DPOTrainer, kind: str) -> list[float]:
+    """The learning rates of this schedule over the trainer's own optimizer."""
+    trainer.lr_scheduler, trainer.args.lr_scheduler_type = None, SchedulerType(kind)
+    trainer.args.lr_scheduler_kwargs, trainer.args.warmup_steps = SCHEDULE_ARGUMENTS.get(kind), SCHEDULE_WARMUP
+    trainer.create_scheduler(SCHEDULE_STEPS)
+    return [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(SCHEDULE_STEPS)]
+
+
 def case_start() -> dict:
     trainer = from_store("store", max_steps=1)
     return {
+        "schedules": {kind: rates(trainer, kind) for kind in SCHEDULES},
         "losses": history(trainer),
         "engine": trainer.engine,
         "world": torch.distributed.get_world_size(),

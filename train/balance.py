@@ -8,6 +8,7 @@ each other; for those micro-batches stay whole, and only which rank gets which i
     dealt         [ 9 6 | 8 7 ] [ 4 1 | 3 2 ]   step 1: 15 against 15, step 2: 5 against 5
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,6 +64,12 @@ class BalancedSampler(Sampler[int]):
 def shuffled(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
     """The order of one epoch, int64 [num_pairs]: the one that transformers and accelerate shuffle into with this seed."""
     return torch.randperm(num_pairs, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
+
+
+def pairs_of_steps(num_steps: int, num_pairs: int, pairs_per_step: int) -> int:
+    """Pairs of the first so many optimizer steps, over all ranks: the last step of each epoch has what is left of `num_pairs`."""
+    epochs, rest = divmod(num_steps, math.ceil(num_pairs / pairs_per_step))
+    return epochs * num_pairs + rest * pairs_per_step
 
 
 def deal(pairs: np.ndarray, tokens: np.ndarray, shape: Shape) -> np.ndarray:

@@ -47,7 +47,8 @@ def deal_into_bins(tokens: np.ndarray, num_bins: int) -> list[list[int]]:
 
 def num_micro_steps(tokens: np.ndarray, world: int, budget: int) -> int:
     """The least with which these pairs, of `tokens` int [pairs], dealt to `world` ranks, exceed `budget` tokens in no bin but those of a single pair."""
-    steps = max(1, math.ceil(int(tokens.sum()) / (budget * world)))
+    # A pair beyond the budget fills one bin, not as many as it has budgets: what fewer steps could not hold.
+    steps = max(1, math.ceil(int(np.minimum(tokens, min(budget, tokens.max())).sum()) / (budget * world)))
     while any(
         len(each) > 1 and sum(int(tokens[index]) for index in each) > budget for each in deal_into_bins(tokens, steps * world)
     ):
@@ -147,4 +148,10 @@ class Bins(Sampler[list[MicroBatch]]):
         bins = self.num_micro_steps * self.world
         pairs = min(self.pairs_per_step, len(self.tokens)) / bins
         ranks = f" on each of {self.world} ranks" if self.world > 1 else ""
-        return f"micro-batches of at most {self.budget:,} tokens: {self.num_micro_steps} per optimizer step{ranks}, {pairs:.3g} pairs each on average"
+        longer = int((self.tokens > self.budget).sum())
+        alone = (
+            f" but for {longer:,} of {len(self.tokens):,} pairs, which have up to {int(self.tokens.max()):,} and go alone"
+            if longer
+            else ""
+        )
+        return f"micro-batches of at most {self.budget:,} tokens{alone}: {self.num_micro_steps} per optimizer step{ranks}, {pairs:.3g} pairs each on average"

@@ -6,6 +6,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from store.errors import InputError
+
 COMPLETE = "trainer_state.json"
 """Written last: a checkpoint folder without it, or with a part of it, was cut short by a kill and is not resumed from."""
 
@@ -39,6 +41,16 @@ def best_of(checkpoint: Path) -> Path | None:
     """Of the run up to `checkpoint`, the one that evaluated best, which lies beside it; None where that was not asked for."""
     step = (state_of(checkpoint) or {}).get("best_global_step")
     return checkpoint.with_name(f"checkpoint-{step}") if step else None
+
+
+def refuse_lost_best(best: Path, in_parts: bool) -> None:
+    """InputError where the checkpoint that a run is to save at its end is not there or not whole; `in_parts` as in `damage`."""
+    if state_of(best) is None or damage(best, in_parts):
+        raise InputError(
+            "the checkpoint that evaluated best so far is not there, or not whole",
+            where=best,
+            next="Bring it back; or go on without --load-best-model-at-end, which saves the last model.",
+        )
 
 
 def damage(checkpoint: Path, in_parts: bool) -> list[str]:

@@ -10,7 +10,21 @@ from typing import Any
 
 from options import check_choices
 from store.errors import InputError
-from train.choices import ADAMS, F_LOSSES, LOSS_TYPES, ONE_OF, OPTIMIZERS, REPORTERS, SCHEDULES, SORT_PAIRS
+from train.choices import (
+    ADAMS,
+    F_LOSSES,
+    LOSS_TYPES,
+    ONE_OF,
+    OPTIMIZERS,
+    REPORTERS,
+    SCHEDULES,
+    SMOOTHED,
+    SORT_PAIRS,
+    WITHOUT_WARMUP,
+)
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy's."""
 
 OF_FRESH_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 """Options that an adapter that is trained on has decided."""
@@ -42,13 +56,16 @@ def _check_loss(config: Any) -> None:
             expected=f"{len(config.loss_type)} weights for {', '.join(config.loss_type)}",
             found=len(config.loss_weights),
         )
+    weights = config.loss_weights or (1.0,)
+    _require(all(map(math.isfinite, weights)) and any(weights), "--loss-weights", "numbers, not all 0", ",".join(map(str, weights)))
+    if len(set(config.loss_type)) < len(config.loss_type):
+        raise InputError("a loss is given twice", where=f"--loss-type {', '.join(config.loss_type)}", next="Use --loss-weights.")
     _require(config.beta > 0 and math.isfinite(config.beta), "--beta", "a positive number", config.beta)
-    smoothed = [name for name in config.loss_type if name in ("robust", "exo_pair")]
-    if config.label_smoothing and not smoothed:
+    if config.label_smoothing and not set(config.loss_type) & set(SMOOTHED):
         raise InputError(
             f"label smoothing has no effect on {', '.join(config.loss_type)}",
             where=f"--label-smoothing {config.label_smoothing}",
-            next="Use it with robust or exo_pair.",
+            next=f"Use it with {', '.join(SMOOTHED)}.",
         )
     _require(0 <= config.label_smoothing < 0.5, "--label-smoothing", "at least 0 and below 0.5", config.label_smoothing)
     if "exo_pair" in config.loss_type and not config.label_smoothing:
@@ -65,6 +82,12 @@ def _check_loss(config: Any) -> None:
             "weighting pairs has no meaning for sft",
             where="--use-weighting",
             next="It is a mean over tokens; leave out one of the two.",
+        )
+    if config.use_weighting and "hinge" in config.loss_type:
+        raise InputError(
+            "TRL's weights of pairs change hinge in place, which PyTorch has no gradient of",
+            where="--use-weighting, --loss-type hinge",
+            next="Leave out one of the two.",
         )
     others = [name for name in config.loss_type if name not in F_LOSSES]
     if config.f_divergence_type != "reverse_kl" and others:
@@ -98,7 +121,9 @@ def _check_schedule(config: Any) -> None:
         value = getattr(config, name)
         _require(value > 0 and math.isfinite(value), _option(name), "a positive number", value)
     for name in ("weight_decay", "max_grad_norm", "dataloader_num_workers"):
-        _require(getattr(config, name) >= 0, _option(name), "0 or more", getattr(config, name))
+        value = getattr(config, name)
+        _require(value >= 0 and math.isfinite(value), _option(name), "0 or more", value)
+    _require(0 <= config.seed <= LARGEST_SEED, "--seed", f"0 to {LARGEST_SEED:,}", config.seed)
     _require(0 <= config.warmup_ratio < 1, "--warmup-ratio", "at least 0 and below 1", config.warmup_ratio)
     if (config.effective_batch_size is None) == (config.gradient_accumulation_steps is None):
         both = "both are given" if config.effective_batch_size is not None else "neither is given"
@@ -149,6 +174,14 @@ def _check_scheduler(config: Any) -> None:
             f"the schedule {kind} needs {' or '.join(ONE_OF[kind])}",
             where="--lr-scheduler-kwargs",
             next=f"""Add --lr-scheduler-kwargs '{{"{ONE_OF[kind][-1]}": {"100" if "steps" in ONE_OF[kind][-1] else "0.1"}}}', say.""",
+        )
+    if len(both := [name for name in ONE_OF.get(kind, ()) if name in given]) > 1:
+        raise InputError("only one of them counts", where=f"--lr-scheduler-kwargs, {' and '.join(both)}", next="Leave one out.")
+    if kind in WITHOUT_WARMUP and (config.warmup_steps or config.warmup_ratio):
+        raise InputError(
+            f"the schedule {kind} has no warm-up",
+            where="--warmup-steps" if config.warmup_steps else f"--warmup-ratio {config.warmup_ratio:g}",
+            next=f"Give --lr-scheduler-type {kind}_with_warmup, or leave the warm-up out.",
         )
     if config.warmup_steps is not None and config.warmup_ratio:
         raise InputError("both are given", where="--warmup-steps, --warmup-ratio", expected="one of the two")

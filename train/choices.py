@@ -21,6 +21,9 @@ ONE_OF = {
 }
 """Of these arguments a schedule needs one."""
 
+WITHOUT_WARMUP = ("constant",)
+"""Schedules that take no steps of warm-up."""
+
 ADAMS: dict[str, str | None] = {
     "adamw_torch_fused": None,
     "adamw_torch": None,
@@ -32,14 +35,14 @@ ADAMS: dict[str, str | None] = {
 
 OPTIMIZERS: dict[str, str | None] = ADAMS | {
     "sgd": None,
-    "adagrad": None,
     "rmsprop": None,
     "lion_32bit": "bitsandbytes",
     "lion_8bit": "bitsandbytes",
     "paged_lion_32bit": "bitsandbytes",
     "paged_lion_8bit": "bitsandbytes",
 }
-"""Those and others that ZeRO can split. Not adafactor: its states are of rows and columns, and ZeRO flattens parameters."""
+"""Those and others that ZeRO can split. Not adafactor: its states are of rows and columns, and ZeRO flattens parameters. Not adagrad: DeepSpeed
+makes it anew with one group of parameters, where transformers has two."""
 
 REPORTERS: dict[str, str] = {
     "wandb": "wandb",
@@ -80,6 +83,9 @@ LOSS_TYPES = (
 
 SORT_PAIRS = ("aot", "aot_unpaired")
 """Losses that sort the pairs of a micro-batch: their value depends on its size."""
+
+SMOOTHED = ("exo_pair", "robust", *SORT_PAIRS)
+"""Losses in which TRL uses label smoothing."""
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 

@@ -10,7 +10,7 @@ from presets import Preset
 from store import DTYPES
 from store.errors import InputError
 from train.checks import check, is_pattern
-from train.choices import F_DIVERGENCES, METRICS, OPTIMIZERS, REPORTERS, SORT_PAIRS
+from train.choices import F_DIVERGENCES, METRICS, OPTIMIZERS, REPORTERS, SMOOTHED, SORT_PAIRS
 
 ZERO2 = Path(__file__).with_name("zero2.json")
 """The DeepSpeed configuration used unless another is given: stage 2, `auto` where the other options already say it."""
@@ -113,7 +113,7 @@ class TrainConfig:
     ] = None
     beta: Annotated[float, Option("Its scale belongs to the loss type.", LOSS, default="5 with sigmoid_norm, else 0.1")]
     """Means of log-probs (sigmoid_norm) are smaller than sums: `default_beta`."""
-    label_smoothing: Annotated[float, Option("For robust and exo_pair.", LOSS)] = 0.0
+    label_smoothing: Annotated[float, Option(f"For {', '.join(SMOOTHED)}.", LOSS)] = 0.0
     ld_alpha: Annotated[float | None, Option("LD-DPO: weight of the tokens beyond the shorter completion.", LOSS)] = None
     """None: plain sums."""
     f_divergence_type: Annotated[
@@ -127,10 +127,15 @@ class TrainConfig:
         dict[str, Any] | None,
         Option("Arguments of the schedule: '{\"min_lr_rate\": 0.1}' of cosine_with_min_lr.", OPTIMIZATION, type=JsonObject()),
     ] = None
-    warmup_ratio: Annotated[float, Option(group=OPTIMIZATION, default=usual("warmup_ratio"), instead_of=("warmup_steps",))] = (
-        Preset.warmup_ratio
-    )
-    """Share of all steps."""
+    warmup_ratio: Annotated[
+        float,
+        Option(
+            "Share of all steps; 0 with the schedule constant.",
+            OPTIMIZATION,
+            default=usual("warmup_ratio"),
+            instead_of=("warmup_steps",),
+        ),
+    ] = Preset.warmup_ratio
     warmup_steps: Annotated[
         int | None, Option("Instead of --warmup-ratio.", OPTIMIZATION, at_least=0, instead_of=("warmup_ratio",))
     ] = None

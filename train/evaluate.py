@@ -8,8 +8,10 @@ count twice. Here:
 3. replay   rank 0 runs TRL's loss on the tokens of all pairs as one batch      on the CPU, where there is room
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.distributed
@@ -20,6 +22,10 @@ from trl.trainer.utils import FusedCausalLMOutput
 from train.data import REFERENCE
 from train.metrics import gathering
 from train.packed import PER_TOKEN
+
+
+class Dropped(Exception):
+    """An evaluation was ended early, on all ranks at once: the run was told to stop (train/interrupt.py)."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,26 @@ class Told:
 
 
 def evaluate(trainer: DPOTrainer, dataset: Dataset, rank: int, world: int) -> tuple[float, dict[str, list[float]]]:
-    """(loss, TRL's metrics as `trainer._metrics` has them) of the pairs of `dataset`. Every rank calls it, and all get the same."""
+    """(loss, TRL's metrics as `trainer._metrics` has them) of the pairs of `dataset`. Every rank calls it, and all get the same.
+
+    Raises Dropped where a callback's `on_prediction_step`, which all ranks call once per batch of any, asks to stop.
+    """
     batches = trainer.eval_batches(dataset)
     loader = DataLoader(
         dataset,
         batch_sampler=batches[rank::world],
         collate_fn=trainer.data_collator,
         num_workers=trainer.args.dataloader_num_workers,
+        generator=torch.Generator(),  # it would draw from training's random numbers
     )
     trainer.model.eval()
-    mine = [watch(trainer, trainer._prepare_inputs(inputs)) for inputs in loader]
+    mine = []
+    for _, inputs in zip_longest(range(math.ceil(len(batches) / world)), loader):
+        trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+        if trainer.control.should_epoch_stop:
+            raise Dropped
+        if inputs is not None:
+            mine.append(watch(trainer, trainer._prepare_inputs(inputs)))
     everyones = [mine]
     if world > 1:
         everyones = [None] * world if rank == 0 else None

@@ -1,4 +1,4 @@
-"""Told to stop while training: write a checkpoint after the step at hand, on all ranks at once."""
+"""Told to stop while training: write a checkpoint after the step at hand, on all ranks at once. An evaluation at hand is dropped."""
 
 import torch
 import torch.distributed
@@ -39,6 +39,12 @@ class CheckpointAndStop(TrainerCallback):
         control.should_evaluate = False
         control.should_training_stop = True
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Before each batch of an evaluation (train/evaluate.py), which may take longer than a batch system waits."""
+        if anyone_told(self.request, args.device):
+            self.stopped_at = state.global_step
+            control.should_epoch_stop = control.should_training_stop = True
+
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped_at is not None:
             control.should_save = control.should_evaluate = False
@@ -48,9 +54,14 @@ def evaluation_is_due(state: dict, args) -> bool:
     """Whether a run that goes on from a checkpoint has an evaluation to make up for: it was ended between that checkpoint and the
     evaluation. `state`: the checkpoint's (train/checkpoint.py); `args`: the run's TrainingArguments."""
     step = state["global_step"]
-    if any(entry.get("step") == step and any(name.startswith("eval_") for name in entry) for entry in state["log_history"]):
+    if any(is_evaluation(entry, step) for entry in state["log_history"]):
         return False
     at_end = step >= state["max_steps"]
     if args.eval_strategy == "epoch":
         return at_end or float(state["epoch"]).is_integer()
     return args.eval_strategy == "steps" and (at_end or step % args.eval_steps == 0)
+
+
+def is_evaluation(entry: dict, step: int) -> bool:
+    """Whether this entry of a log is of an evaluation at `step`."""
+    return entry.get("step") == step and any(name.startswith("eval_") for name in entry)

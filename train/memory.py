@@ -137,26 +137,31 @@ def choose(measured: Measured, *, longest: int, most_useful: int, gradient_check
 
 
 @contextmanager
-def explained(plan: MemoryPlan | None, gradient_checkpointing: bool, step: Callable[[], int]):
-    """Around training: memory that does not suffice is an InputError with the numbers and the option to use. `step`: steps done so far."""
+def explained(plan: MemoryPlan | None, gradient_checkpointing: bool, budget: int | None, longest: int, step: Callable[[], int]):
+    """Around training: memory that does not suffice is an InputError with the numbers and the option to use.
+
+    `budget`: tokens of a micro-batch, None where it has a fixed number of pairs; `longest`: tokens of the longest pair; `step`: steps done so far.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        planned = (
-            ""
-            if plan is None
-            else f"{plan.tokens_per_batch:,} tokens to a micro-step, for which {plan.used / GIB:.3g} GiB were planned"
-        )
+        planned = None
+        if budget is not None:
+            planned = f"{budget:,} tokens to a micro-step" + (
+                "" if plan is None else f", for which {plan.used / GIB:.3g} GiB were planned"
+            )
         if not gradient_checkpointing:
             advice = "Use --gradient-checkpointing."
-        elif plan is not None:
-            advice = f"Use --tokens-per-batch {max(1024, plan.tokens_per_batch // 2)}."
+        elif budget is None:
+            advice = "Lower --per-device-train-batch-size or --max-length, or train on more GPUs."
+        elif longest <= (smaller := budget // 2):
+            advice = f"Use --tokens-per-batch {smaller}."
         else:
-            advice = "Lower --tokens-per-batch, --per-device-train-batch-size or --max-length, or train on more GPUs."
+            advice = f"Lower --max-length, for a pair goes alone at the least, and the longest has {longest:,} tokens; or train on more GPUs."
         raise InputError(
             f"out of memory in step {step() + 1}",
             where=f"rank {torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}",
-            expected=planned or None,
+            expected=planned,
             found=" ".join(str(error).split())[:300],
             next=advice,
         ) from error

@@ -4,12 +4,15 @@ import time
 
 from transformers import TrainerCallback
 
+from train.balance import pairs_of_steps
+
 
 class ProgressLines(TrainerCallback):
     """`step 12/1,172 · 1,536 pairs · loss 0.6874 · accuracy 0.62 · margin 0.31 · 5,120 tokens/s · 2.1 pairs/s · 47% MFU · 1:02:33 left`"""
 
-    def __init__(self, pairs_per_step: int):
-        self.pairs_per_step = pairs_per_step
+    def __init__(self, pairs_per_step: int, num_pairs: int):
+        """`num_pairs`: of an epoch, whose last step may have fewer."""
+        self.pairs_per_step, self.num_pairs = min(pairs_per_step, num_pairs), num_pairs
         self.started = self.first_step = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -28,7 +31,8 @@ class ProgressLines(TrainerCallback):
             return
         elapsed, steps = time.monotonic() - self.started, state.global_step - self.first_step
         left = elapsed / steps * (state.max_steps - state.global_step)
-        parts = [f"step {state.global_step:,}/{state.max_steps:,}", f"{state.global_step * self.pairs_per_step:,} pairs"]
+        pairs = pairs_of_steps(state.global_step, self.num_pairs, self.pairs_per_step)
+        parts = [f"step {state.global_step:,}/{state.max_steps:,}", f"{pairs:,} pairs"]
         parts.append(f"loss {logs['loss']:.4f}")
         for title, name in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
             if name in logs:

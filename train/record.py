@@ -23,7 +23,7 @@ from store.command import again, typed
 from store.errors import InputError, RefdpoError
 from store.manifest import Identity, causes
 from train import alone, zero
-from train.checkpoint import COMPLETE, best_of, cut_short, damage, last_checkpoint, model_only, state_of
+from train.checkpoint import COMPLETE, best_of, cut_short, damage, last_checkpoint, model_only, refuse_lost_best, state_of
 from train.choices import SORT_PAIRS
 from train.config import DEFAULTS, FREE_ON_RESUME, TrainConfig
 
@@ -207,13 +207,8 @@ def refuse_damaged(checkpoint: Path, config: TrainConfig) -> None:
             found=_shortened(missing),
             next=f"Copy it again, whole; or remove it to go on from an earlier one: rm -r {shlex.quote(str(checkpoint))}",
         )
-    best = best_of(checkpoint) if config.load_best_model_at_end else None
-    if best is not None and (state_of(best) is None or damage(best, in_parts)):
-        raise InputError(
-            "the checkpoint that evaluated best so far is not there, or not whole",
-            where=best,
-            next="Bring it back; or go on without --load-best-model-at-end, which saves the last model.",
-        )
+    if config.load_best_model_at_end and (best := best_of(checkpoint)) is not None:
+        refuse_lost_best(best, in_parts)
 
 
 def _shortened(names: list[str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from store.errors import InputError
+from train.choices import ADAMS
 
 WHOLE = "_universal"
 """DeepSpeed's word for it; ends the name of the folder with the whole states."""
@@ -26,8 +27,18 @@ ENGINE_OPTION = {"checkpoint": {"load_universal": True}}
 
 def must_reshard(checkpoint: Path, world: int) -> bool:
     """Whether `checkpoint` was written by another number of ranks than `world`, in parts."""
-    parts = len(list(_parts(checkpoint).glob("*zero_pp_rank_*_optim_states.pt")))
-    return parts not in (0, world)
+    return _num_parts(checkpoint) not in (0, world)
+
+
+def refuse_optimizer(checkpoint: Path, optim: str | None) -> None:
+    """InputError where DeepSpeed's converter does not know the states of this optimizer; None is AdamW, or --zero-config's."""
+    if optim is None or ADAMS.get(optim, "another") is None:
+        return
+    raise InputError(
+        "DeepSpeed converts the states of PyTorch's AdamW alone to another number of processes",
+        where=f"{checkpoint}, --optim {optim}",
+        next=f"Resume with as many processes as before ({_num_parts(checkpoint)}).",
+    )
 
 
 def write_whole(checkpoint: Path) -> None:
@@ -52,7 +63,7 @@ def write_whole(checkpoint: Path) -> None:
         raise InputError(
             f"the optimizer states cannot be converted: {(done.stderr.strip() or 'no message').splitlines()[-1]}",
             where=checkpoint,
-            next=f"Resume with as many processes as before ({len(list(parts.glob('*zero_pp_rank_*_optim_states.pt')))}).",
+            next=f"Resume with as many processes as before ({_num_parts(checkpoint)}).",
         )
     (checkpoint / LATEST).write_text(whole.name, encoding="utf-8")
 
@@ -74,6 +85,8 @@ class RemoveWhole(TrainerCallback):
         if state.is_world_process_zero:
             remove_whole(self.checkpoint)
 
+    on_train_end = on_step_begin  # of a run that had no step left to take
+
 
 def _parts(checkpoint: Path) -> Path:
     """The folder with DeepSpeed's files."""
@@ -81,3 +94,8 @@ def _parts(checkpoint: Path) -> Path:
         return checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
     except OSError as error:
         raise InputError("DeepSpeed's part of the checkpoint is missing", where=checkpoint / "latest") from error
+
+
+def _num_parts(checkpoint: Path) -> int:
+    """Of its optimizer states: one per rank that wrote them."""
+    return len(list(_parts(checkpoint).glob("*zero_pp_rank_*_optim_states.pt")))

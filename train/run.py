@@ -24,6 +24,7 @@ import devices
 from launch import Process, launched
 from precompute.scorer.adapter import Adapter, adapter_of
 from precompute.scorer.api import (
+    enough_memory,
     keep_freed_memory,
     load_base,
     load_in_4bit,
@@ -39,7 +40,7 @@ from precompute.scorer.api import (
 from presets import PRESETS
 from stop import STOP_TRAINING, Stopped, StopRequest, listening
 from store.errors import InputError
-from train import capacity, card, gate, hub, lora, record
+from train import capacity, card, gate, hub, lora, record, schedule
 from train.alone import alone
 from train.balance import Shape, imbalance, shuffled
 from train.beta import beta_notice
@@ -49,12 +50,13 @@ from train.data import Lengths, dataset_of, lengths_of
 from train.dpo_config import dpo_config
 from train.interrupt import CheckpointAndStop, anyone_told, evaluation_is_due
 from train.memory import MemoryPlan, choose, explained, measure
+from train.metrics import tokens_before
 from train.outlook import describe, outlook
 from train.plan import Plan, plan, refuse_folder
 from train.progress import ProgressLines
 from train.ranks import agree, join, peak_memory, refuse_abandoned_build
 from train.record import TrainResult
-from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, write_whole
+from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, refuse_optimizer, write_whole
 from train.saving import written
 from train.self_test import self_test_policy
 from train.summary import summary
@@ -85,10 +87,15 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     _refuse_what_this_machine_cannot(rank, planned)
 
     resharded = planned.checkpoint is not None and must_reshard(planned.checkpoint, rank.process.world)
+    if resharded:
+        refuse_optimizer(planned.checkpoint, config.optim)
     engine_options = ENGINE_OPTION if resharded else {}
     args = dpo_config(
         config, planned.policy.dtype, planned.max_length, planned.accumulation, engine_options
     )  # joins the other ranks
+    steps_of_epoch = math.ceil(len(pairs) / planned.batch)
+    if notice := schedule.tried(args, config.max_steps or math.ceil(config.num_train_epochs * steps_of_epoch)):
+        rank.say(notice)
     agree(planned.selection, args.device)
     rank.leave_if_told(args.device)
     capacity.refuse_too_large(config, planned.policy, world=rank.process.world, device=args.device)
@@ -115,7 +122,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         train_dataset=pairs,
         eval_dataset=eval_pairs,
         processing_class=tokenizer,
-        callbacks=[LogLastStep(), ProgressLines(planned.batch), interrupt],
+        callbacks=[LogLastStep(), ProgressLines(planned.batch, len(pairs)), interrupt],
         lengths=lengths if config.layout == "packed" else None,
         tokens_per_batch=budget_of(config, memory_plan),
         pairs_per_step=planned.batch,
@@ -135,7 +142,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     with record.keeping_status(config.output_dir) if rank.first else nullcontext():
         if resharded:
             _reshard(rank, planned.checkpoint, trainer)
-        result = _take_steps(rank, planned, trainer, interrupt, memory_plan)
+        result = _take_steps(rank, planned, trainer, interrupt, memory_plan, lengths)
         _save(rank, planned, trainer, result, passed)
     rank.say(summary(result, config))
     if rank.first and config.push_to_hub:
@@ -257,15 +264,17 @@ def _pass_gate(rank: _Rank, planned: Plan, model: PreTrainedModel, tokenizer: Pr
     policy = planned.policy
     if planned.checkpoint is not None:
         rank.say(f"resuming from {planned.checkpoint}; the gate looks at {policy.name}, from which that run started")
-    report = gate.check(
-        model,
-        tokenizer,
-        planned.store,
-        policy=policy.name,
-        revision=policy.revision,
-        seed=rank.config.seed,
-        allow_different_policy=rank.config.allow_different_policy,
-    )
+    for_room = "Free memory (other processes?), or train on GPUs that have more: gradients and the optimizer come on top."
+    with enough_memory("in the gate, which scores a few pairs again, each alone", for_room):
+        report = gate.check(
+            model,
+            tokenizer,
+            planned.store,
+            policy=policy.name,
+            revision=policy.revision,
+            seed=rank.config.seed,
+            allow_different_policy=rank.config.allow_different_policy,
+        )
     rank.say(gate.notice(report, planned.store, policy.name) if report.different else f"gate: {report}")
     return report
 
@@ -350,18 +359,26 @@ def _reshard(rank: _Rank, checkpoint: Path, trainer: StoreDPOTrainer) -> None:
 
 
 def _take_steps(
-    rank: _Rank, planned: Plan, trainer: StoreDPOTrainer, interrupt: CheckpointAndStop, memory_plan: MemoryPlan | None
+    rank: _Rank,
+    planned: Plan,
+    trainer: StoreDPOTrainer,
+    interrupt: CheckpointAndStop,
+    memory_plan: MemoryPlan | None,
+    lengths: Lengths,
 ) -> TrainResult:
-    """All steps, or those that are left. Raises Stopped with a checkpoint written."""
+    """All steps, or those that are left, of pairs of these lengths. Raises Stopped with a checkpoint written."""
     config, args, checkpoint, num_steps_before = rank.config, trainer.args, planned.checkpoint, 0
     if checkpoint is not None:
         state = state_of(checkpoint)
         num_steps_before = state["global_step"]
-        args.eval_on_start = evaluation_is_due(state, args)
+        args.eval_on_start, args.resume_from_checkpoint = evaluation_is_due(state, args), str(checkpoint)
         trainer.add_callback(BestIsHere(checkpoint))
+        seed = config.seed if config.order_by is None else None
+        trainer._total_train_tokens = tokens_before(state, lengths, planned.batch, seed)
     if args.device.type == "cpu":
         keep_freed_memory()  # from here on, as when scoring
-    with explained(memory_plan, args.activation_checkpointing, lambda: trainer.state.global_step):
+    budget, longest = None if trainer.bins is None else trainer.bins.budget, int(lengths.packed.max())
+    with explained(memory_plan, args.activation_checkpointing, budget, longest, lambda: trainer.state.global_step):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if interrupt.stopped_at is not None:
         what = f"a checkpoint is written at step {interrupt.stopped_at} of {trainer.state.max_steps}"

@@ -17,6 +17,7 @@ from train import hub, record
 from train.alone import refuse_running
 from train.beta import default_beta
 from train.checkpoint import last_checkpoint
+from train.choices import WITHOUT_WARMUP
 from train.config import TrainConfig, fixed_pairs
 from train.plan import Plan, plan, refuse_folder, refuse_other_course
 
@@ -38,7 +39,8 @@ def config_of(given: dict[str, Any], preset: type[Preset] | Preset | None = None
         preset = PRESETS.get(open_store(ref_store, check="none").manifest.preset) or Preset
     if given["beta"] is None and given["loss_type"] not in ((), (preset.loss_type,)):
         given["beta"] = default_beta(given["loss_type"])
-    if given.get("warmup_steps") is not None and given["warmup_ratio"] is None:
+    without_warmup = given["lr_scheduler_type"] in WITHOUT_WARMUP or given.get("warmup_steps") is not None
+    if without_warmup and given["warmup_ratio"] is None:
         given["warmup_ratio"] = 0.0
     for name in OF_PRESET:
         if given[name] is None or given[name] == ():

@@ -5,9 +5,15 @@ TRL's own loss, collator and metrics run unchanged. What is replaced, and why:
 - `hash_module`: with `precompute_ref_log_probs` TRL hashes every weight on every rank, to name a cache file that is never written here.
 - `_prepare_inputs`: transformers casts every float of a batch to DeepSpeed's dtype. In bfloat16 a sum of -279.65 nats becomes -280.0.
 - `forward`, `_get_train_sampler`: in the packed layout, train/packed.py and train/balance.py. In the padded one both are stock.
+- `log`: a loss or gradient that is no number ends the run
 - `get_batch_samples`, `compute_loss`, `training_step`, `log`: the same, timed and counted  train/speed.py
 - `_run_epoch`: resumed at its last step, a run takes none, transformers one more; resumed in a later epoch, it sees that epoch's order.
+- `_evaluate`: an evaluation that was dropped leaves a checkpoint and no half of itself; one that is made up for can be the best
+- `_load_best_model`: its weights alone; the optimizer's states load on as many ranks as wrote them, and a resumed run may have others
+- `_determine_best_metric`: of the checkpoints; transformers takes the best of all evaluated steps, with a checkpoint or without
 - `get_train_dataloader`, `_compute_loss`: by tokens, rows made by the loader, and sums instead of gathered metrics   train/bins.py, rows.py, metrics.py
+- `create_scheduler`: some schedules ask for the rate that the optimizer began with, which ZeRO's optimizer does not tell
+- `set_initial_training_values`: `train_samples_per_second` is of pairs; by tokens transformers would count micro-batches
 - `evaluation_loop`: TRL averages batches; here each pair counts once      train/evaluate.py
 - `loss_weights` of `sft`: TRL's is a mean over the tokens of a micro-batch; weighted by its tokens it is the mean over the global batch.
 - dropout: TRL turns `nn.Dropout` off, and not what a module keeps as a number     train/dropout.py
@@ -33,21 +39,20 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
+from store.errors import InputError
 from train import dropout
-from train.balance import RELATE_PAIRS, BalancedSampler, Shape
+from train.balance import RELATE_PAIRS, BalancedSampler, Shape, pairs_of_steps
 from train.bins import Bins, within
-from train.checkpoint import best_of, remove_oldest
+from train.checkpoint import best_of, refuse_lost_best, remove_oldest
 from train.data import REFERENCE, CollateTurns, Lengths, lengths_in
-from train.evaluate import evaluate
+from train.evaluate import Dropped, evaluate
 from train.flops import PairFlops
-from train.metrics import Sums, kept
+from train.interrupt import is_evaluation
+from train.metrics import NUM_TOKENS, Sums, kept
 from train.packed import pack_policy
 from train.rows import MicroBatches, Row, only
 from train.saving import written
 from train.speed import Speed
-
-NUM_TOKENS = "num_tokens"
-"""TRL's name for the tokens of all sequences so far."""
 
 
 class StoreDPOTrainer(DPOTrainer):
@@ -99,10 +104,15 @@ class StoreDPOTrainer(DPOTrainer):
         self.lengths = lengths
         self.sft_tokens: torch.Tensor | None = None
         """Chosen tokens per micro-batch, on average over this step's micro-batches of all ranks."""
+        self.saved_at: int | None = None
+        """The step of the last checkpoint that this process wrote."""
+        self.skipped_steps: int | None = None
+        """Of the run, that DeepSpeed had left out when something was logged last, or when this process began."""
         self.sums = Sums(args.device)
         self.speed = Speed(PairFlops.of(base), args.device, base.dtype)
         if lengths is not None:
-            pack_policy(base, *outputs)
+            # TRL's alpha divergence knows no float64.
+            pack_policy(base, *outputs, sums=torch.float32 if args.f_divergence_type == "alpha_divergence" else torch.float64)
 
     def get_train_dataloader(self) -> DataLoader:
         """By tokens: this rank's micro-batches, made into rows in the loader's workers. accelerate would move each to the device by itself."""
@@ -148,10 +158,47 @@ class StoreDPOTrainer(DPOTrainer):
     def _run_epoch(self, *args, **kwargs):
         # Where batches are skipped, accelerate's loader does not reach the sampler of two ranks and more: they would see epoch 0 again.
         (self.bins or kwargs["train_dataloader"]).set_epoch(kwargs["epoch"])
-        if self.state.global_step < self.state.max_steps:
+        if self.skipped_steps is None:
+            self.skipped_steps = getattr(self.model_wrapped, "skipped_steps", 0)
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float] | None:
+        """All that is evaluated at this step; None: it was dropped, and a checkpoint is asked for where there is none of this step."""
+        step = self.state.global_step
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except Dropped:  # of several stores, the first may have been logged: all are when the run goes on
+            self.state.log_history = [entry for entry in self.state.log_history if not is_evaluation(entry, step)]
+            self.control.should_save = self.saved_at != step
+            return None
+        # On start transformers does not ask which is best.
+        if skip_scheduler and self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = self.args.resume_from_checkpoint
+        return metrics
+
+    def _load_best_model(self) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        engine, best = self.model_wrapped, self.state.best_model_checkpoint
+        refuse_lost_best(Path(best), engine.zero_optimization_stage() > 0)
+        # That was about the checkpoint that this run went on from (train/reshard.py).
+        engine._config.load_universal_checkpoint = False
+        engine.load_checkpoint(
+            best,
+            load_module_strict=not is_peft_model(self.model),
+            load_optimizer_states=False,
+            load_lr_scheduler_states=False,
+            load_module_only=True,
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float] | None, trial) -> bool:
+        """Of the checkpoints that the options ask for. transformers also takes a step that has none, names it at the end, and saves another."""
+        args, step = self.args, self.state.global_step
+        planned = args.save_strategy == "epoch" or step % args.save_steps == 0 or step >= self.state.max_steps
+        return metrics is not None and planned and super()._determine_best_metric(metrics, trial)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -168,15 +215,32 @@ class StoreDPOTrainer(DPOTrainer):
         """Consecutive pairs of `dataset`, as many as training's micro-batches may have. What they are changes no figure."""
         if self.bins is not None:
             return within(lengths_in(dataset).packed, self.bins.budget)
-        size = self.args.eval_batch_size
+        # The routers' loss is no mean over pairs: there it is one over pairs' own losses.
+        size = 1 if self.aux_loss_enabled else self.args.eval_batch_size
         return [list(range(start, min(start + size, len(dataset)))) for start in range(0, len(dataset), size)]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        of_engine = getattr(optimizer or self.optimizer, "optimizer", None)  # as accelerate wraps it
+        if not hasattr(of_engine, "defaults") and hasattr(of_engine, "optimizer"):
+            of_engine.defaults = of_engine.optimizer.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, *args, **kwargs):
         with self.speed.phase("data"):
-            micro_batches, num_items = super().get_batch_samples(*args, **kwargs)
-            if "sft" in self.loss_types and self.bins is None:
+            micro_batches, num_items = super().get_batch_samples(*args, **kwargs)  # of one optimizer step
+            if self.bins is not None:
+                self.sums.begin_step()
+            elif "sft" in self.loss_types:
                 self.sft_tokens = self._mean_over_micro_batches([_chosen_tokens(each) for each in micro_batches])
             return micro_batches, num_items
+
+    def set_initial_training_values(self, *args, **kwargs):
+        values = super().set_initial_training_values(*args, **kwargs)
+        if self.bins is None:
+            return values
+        *before, _, total, in_epoch, max_steps = values
+        num_pairs = pairs_of_steps(max_steps, len(self.train_dataset), self.bins.pairs_per_step)
+        return *before, num_pairs, total, in_epoch, max_steps
 
     def _mean_over_micro_batches(self, counts: list[torch.Tensor]) -> torch.Tensor:
         """Of all ranks; every rank calls it at once."""
@@ -247,6 +311,7 @@ class StoreDPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self._refuse_no_number(logs["loss"], logs.get("grad_norm", 0.0))
             logs |= self.speed.recent_report()
             means = self.sums.means()
             if means:
@@ -254,6 +319,21 @@ class StoreDPOTrainer(DPOTrainer):
                 self._metrics["train"] |= {name: [mean] for name, (mean, _) in means.items()}
                 self._metrics["train"][NUM_TOKENS] = [self._total_train_tokens]
         super().log(logs, start_time)
+
+    def _refuse_no_number(self, loss: float, grad_norm: float) -> None:
+        """InputError for a loss that is no number, and for a gradient: DeepSpeed leaves out its step without a word, or all weights are lost. In
+        float16 it looks for a scale of the loss by such steps."""
+        before, self.skipped_steps = self.skipped_steps, getattr(self.model_wrapped, "skipped_steps", 0)
+        num_skipped = 0 if self.args.fp16 else self.skipped_steps - (before or 0)
+        if math.isfinite(loss) and (self.args.fp16 or math.isfinite(grad_norm) and grad_norm >= 0) and not num_skipped:
+            return
+        of_skipped = f", {num_skipped:,} step(s) without effect since the last that was logged" if num_skipped else ""
+        raise InputError(
+            "the loss or its gradient is too large or no number: the run has diverged",
+            where=f"step {self.state.global_step:,} of {self.state.max_steps:,}",
+            found=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}{of_skipped}",
+            next="Start again with a lower --learning-rate or --max-grad-norm.",
+        )
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         with written(Path(output_dir or self.args.output_dir)):
@@ -263,6 +343,7 @@ class StoreDPOTrainer(DPOTrainer):
         folder = Path(self.args.output_dir)
         with written(folder / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
+        self.saved_at = self.state.global_step
         if self.save_total_limit is not None and self.args.should_save:
             remove_oldest(folder, self.save_total_limit, self.state.best_global_step)
 
