@@ -7,7 +7,10 @@ these shapes backward; by flash attention's tile, and the triangle at half the s
 They run in a process of their own, which keeps the memory that it frees, in turn with the micro-steps that they are compared with.
 """
 
+import ctypes
 import multiprocessing
+import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -55,11 +58,20 @@ class Products:
 
     def __init__(self, model: PreTrainedModel):
         self.shapes = Shapes.of(model)
-        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=keep_freed_memory)
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),))
 
     def seconds(self, branches: tuple[Branch, ...], num_targets: int) -> dict[str, float]:
         """Of a row of these branches in which so many tokens are predicted: `linear`, `linear_mkl`, `head`, `attention`."""
         return self.pool.submit(_seconds, self.shapes, branches, num_targets).result()
+
+
+def _begin(parent: int) -> None:
+    # PR_SET_PDEATHSIG: an orphan of a run that was killed, for its memory say, would hold the pipes that somebody waits for.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before that, while this process imported
+        os._exit(1)
+    keep_freed_memory()
 
 
 def _seconds(shapes: Shapes, branches: tuple[Branch, ...], num_targets: int) -> dict[str, float]:

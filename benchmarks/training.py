@@ -13,10 +13,14 @@ is left out: kernels are chosen in it. On the CPU times are CPU seconds of all p
 stretch; run it with OMP_NUM_THREADS=1, for idle threads count too. On GPUs they are seconds by the clock. Passes over the reference
 (stock's, and our phase 1) are the scoring of the timed rows alone, without tokenizing and loading, on both sides.
 
+`--seconds N`: no contender is begun that would not end within N seconds, by the longest so far; which were left out is said.
+
 With --json a run that was cut short goes on where it was: what the file has is not measured again. `--repeats 2` runs all contenders in turn, twice;
 the faster of each counts, and both are printed.
 
-`--products`, on a CPU: after each of our micro-steps by tokens the bare matrix products of its row (products.py), to compare the two.
+`--products`, on a CPU: after each of our micro-steps by tokens the bare matrix products of its row (products.py), to compare the two. Two steps
+are then left out, both on the rows of the timed one with the most tokens: training keeps the memory it frees, and what it pays for that, a page
+fault per 4 kB, it pays nearly all in its first two large steps. Stock pays in every step.
 
 `--lora R` trains an adapter of rank R at every linear layer instead of all weights, in all contenders; stock's online reference is then its own,
 the policy with the adapter off.
@@ -40,6 +44,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
 
+from apart import apart
 from shapes import SHAPES, make_model
 
 POOL = 2000
@@ -48,7 +53,7 @@ POOL = 2000
 MICRO_BATCHES = (1, 2, 4, 8)
 """At which the sample's padding is that of the set, whichever of them are measured: the sample is the same each time."""
 
-FREE = ("json", "only", "work", "contenders", "micro_batches", "repeats", "products")
+FREE = ("json", "left_out", "only", "work", "contenders", "micro_batches", "repeats", "seconds")
 """Options that do not change what is measured, only how much of it."""
 
 CONTENDERS = ("online", "precompute", "tokens", "packed", "padded")
@@ -74,14 +79,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens-per-batch", type=int, default=16384, help="of the contender `tokens`")
     parser.add_argument("--repeats", type=int, default=1, help="of every contender, in turn")
     parser.add_argument("--products", action="store_true", help="time the bare matrix products of our micro-steps too")
-    parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps, after the first")
+    parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps, after those that are left out")
     parser.add_argument("--lora", type=int, help="rank of an adapter; without it all weights are trained")
     parser.add_argument("--no-gradient-checkpointing", action="store_true")
     parser.add_argument("--torch-compile", action="store_true")
     parser.add_argument("--json", type=Path, help="keep the results here, and go on from what it has")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of the clock, from the start  [default: no end]")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # CONTENDER:MICRO_BATCH, the run of one process
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.left_out = 2 if args.products else 1
+    return args
 
 
 def now() -> float:
@@ -145,7 +153,7 @@ def run_one(args) -> None:
             half = len(rows) // 2
             names = [name_of(rows[i], rows[half + i]) for i in range(half)]
             self.seen.setdefault(self.state.global_step, []).extend(names)
-            if self.state.global_step:
+            if self.state.global_step >= args.left_out:
                 whole, scored = (inputs[name].sum(dim=1).cpu().numpy() for name in ("attention_mask", "completion_mask"))
                 padded = inputs["attention_mask"].numel()
                 self.counts.count(Lengths((whole - scored)[:half], scored[:half], scored[half:]), padded)
@@ -159,7 +167,8 @@ def run_one(args) -> None:
         def _precompute_ref_logps(self, dataset, name, batch_size):
             order = shuffled(len(dataset), args.seed, epoch=0)
             parts = []
-            for rows in (order[: args.effective_batch_size], order[args.effective_batch_size :]):  # the warm-up's, then the timed
+            first = args.left_out * args.effective_batch_size
+            for rows in (order[:first], order[first:]):  # the warm-up's, then the timed
                 started = now()
                 parts.append(super()._precompute_ref_logps(dataset.select(rows), name, batch_size))
                 self.pass_seconds = now() - started
@@ -176,15 +185,16 @@ def run_one(args) -> None:
         def training_step(self, model, inputs, *rest):
             started = now()
             loss = super().training_step(model, inputs, *rest)
-            if self.products is not None and self.started:
-                self.steps_seconds += now() - started
-                (row,) = inputs["row"].arranged.rows
-                for kind, seconds in self.products.seconds(row.layout.branches, len(inputs["row"].arranged.targets)).items():
-                    self.bare[kind] = self.bare.get(kind, 0.0) + seconds
+            if self.products is not None:
+                ended, (row,) = now(), inputs["row"].arranged.rows
+                bare = self.products.seconds(row.layout.branches, len(inputs["row"].arranged.targets))
+                if self.started:  # before that their process, too, pays for its memory
+                    self.steps_seconds += ended - started
+                    self.bare = {kind: self.bare.get(kind, 0.0) + seconds for kind, seconds in bare.items()}
             return loss
 
         def _compute_loss(self, model, inputs, return_outputs):
-            row, self.started = inputs["row"], self.state.global_step > 0
+            row, self.started = inputs["row"], self.state.global_step >= args.left_out
             if row.micro_batch.weight:
                 read = self.train_dataset[list(row.micro_batch.pairs)]
                 sides = [
@@ -210,7 +220,7 @@ def run_one(args) -> None:
         disable_tqdm=True,
         per_device_train_batch_size=pairs,
         gradient_accumulation_steps=args.effective_batch_size // (pairs * process.world),
-        max_steps=args.steps + 1,
+        max_steps=args.left_out + args.steps,
         max_length=args.max_length,
         loss_type=[args.loss_type],
         beta=5.0 if args.loss_type == "sigmoid_norm" else 0.1,
@@ -258,7 +268,7 @@ def run_one(args) -> None:
     trainer.train()
 
     mine = {
-        "seconds": times.ends[-1] - times.ends[0],
+        "seconds": times.ends[-1] - times.ends[args.left_out - 1],
         "pass_seconds": getattr(trainer, "pass_seconds", 0.0),
         "seen": trainer.seen,
         "bare": getattr(trainer, "bare", {}) and trainer.bare | {"steps": trainer.steps_seconds},
@@ -275,7 +285,9 @@ def run_one(args) -> None:
     result = {name: together(each[name] for each in everyones) for name in ("seconds", "pass_seconds")}
     result |= {name: sum(each[name] for each in everyones) for name in mine if name not in ("seen", "bare", *result)}
     result["bare"] = mine["bare"]
-    result["seen"] = [sorted(name for each in everyones for name in each["seen"][step]) for step in range(args.steps + 1)]
+    result["seen"] = [
+        sorted(name for each in everyones for name in each["seen"][step]) for step in range(args.left_out + args.steps)
+    ]
     result |= {"memory": memory, "peak": trainer.counts.peak, "world": process.world}
     (args.work / "result.json").write_text(json.dumps(result))
 
@@ -307,9 +319,11 @@ def choose(lengths, num_rows: int, micro_batches: list[int], seed: int):
 
 
 def prepare(args, micro_batches: list[int]) -> dict:
-    """Rows, model and store in `args.work`; what is known of the sample, and seconds that phase 1 scored the timed rows."""
+    """Rows, model and store in `args.work`; how many GPUs there are, what is known of the sample, and seconds that phase 1 scored the timed
+    rows."""
     import datasets
     import numpy as np
+    import torch
     from transformers import AutoTokenizer
 
     from launch import Process
@@ -320,11 +334,19 @@ def prepare(args, micro_batches: list[int]) -> dict:
     from store.reader import open_store
     from train.balance import shuffled
 
+    world = torch.cuda.device_count() or 1
+    refused = [each for each in map(int, args.micro_batches.split(",")) if args.effective_batch_size % (each * world)]
+    if refused:
+        raise SystemExit(
+            f"--micro-batches {refused}: --effective-batch-size {args.effective_batch_size} does not divide over {world} process(es)"
+        )
     datasets.disable_progress_bars()
     rows = datasets.load_dataset("parquet", data_files=str(args.dataset), split="train", cache_dir=str(args.work / "cache"))
     columns = [name for name in ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs") if name in rows.column_names]
     rows = rows.select_columns(columns).shuffle(seed=args.seed).select(range(min(POOL, len(rows)))).flatten_indices()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    if args.shape:
+        args.model = args.tokenizer = str(args.work / "model")
     pairs = tokenize_rows(tokenizer, rows.to_list(), 0, args.max_length).pairs
     lengths = np.array([[len(each.prompt_ids), len(each.chosen_ids), len(each.rejected_ids)] for each in pairs])
     num_rows = args.steps * args.effective_batch_size
@@ -335,9 +357,12 @@ def prepare(args, micro_batches: list[int]) -> dict:
         )
     by_length = np.argsort(lengths.sum(axis=1), kind="stable")
     timed, of_sample, of_set = choose(lengths, num_rows, micro_batches, args.seed)
-    warm_up = [index for index in by_length if index not in set(timed)][: args.effective_batch_size]
+    if args.products:
+        warm_up = max(np.split(timed, args.steps), key=lambda step: lengths[step].sum()).tolist() * args.left_out
+    else:
+        warm_up = [index for index in by_length if index not in set(timed)][: args.effective_batch_size]
     in_order = [pairs[index].row for index in (*warm_up, *timed)]
-    rows.select(in_order[args.effective_batch_size :]).to_parquet(args.work / "timed.parquet")
+    rows.select(in_order[-num_rows:]).to_parquet(args.work / "timed.parquet")
     # Row k of the shuffle must be row k of this order.
     rows = rows.select(np.array(in_order)[np.argsort(shuffled(len(in_order), args.seed, epoch=0))]).flatten_indices()
     rows.to_parquet(args.work / "rows.parquet")
@@ -346,8 +371,9 @@ def prepare(args, micro_batches: list[int]) -> dict:
         args.work / "trl.parquet"
     )  # on Dolci-Think's schema TRL 1.16 fails
     if args.shape:
-        make_model(args.shape, tokenizer, args.dtype, args.work / "model")
-        args.model = args.tokenizer = str(args.work / "model")
+        make_model(args.shape, tokenizer, args.dtype, Path(args.model))
+        gc.collect()
+        torch.cuda.empty_cache()
     config = PrecomputeConfig(
         dataset=(str(args.work / "rows.parquet"),),
         split="train",
@@ -381,13 +407,14 @@ def prepare(args, micro_batches: list[int]) -> dict:
     num_pairs = open_store(args.work / "store").num_pairs
     if num_pairs != len(rows):
         raise SystemExit(f"{args.dataset}: phase 1 scored {num_pairs} of {len(rows)} chosen rows; all are needed")
-    return {"phase1": seconds, "pairs": len(pairs), "sample": of_sample.tolist(), "set": of_set.tolist()}
+    return {"world": world, "phase1": seconds, "pairs": len(pairs), "sample": of_sample.tolist(), "set": of_set.tolist()}
 
 
 def measure(args, contender: str, micro_batch: int, world: int) -> dict | str:
     """One contender in its own processes; the reason where it fails, of memory for instance."""
     (args.work / "result.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *sys.argv]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    command = [sys.executable, *launcher, *sys.argv]
     command += ["--only", f"{contender}:{micro_batch}", "--work", str(args.work), "--model", args.model]
     command += ["--tokenizer", args.tokenizer or args.model]
     env = {
@@ -411,9 +438,7 @@ def main() -> None:
         raise SystemExit("give --model or --shape")
     if args.shape and not args.tokenizer:
         raise SystemExit("--shape needs --tokenizer")
-    import torch
-
-    world = torch.cuda.device_count() or 1
+    started, longest = time.monotonic(), 0.0
     options = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     state = {"options": options, "runs": {}}
     if args.json and args.json.exists():
@@ -421,17 +446,13 @@ def main() -> None:
         if state["options"] != options:
             raise SystemExit(f"{args.json} is of other options: {state['options']}. Give those, or another --json.")
     micro_batches = [int(each) for each in args.micro_batches.split(",")]
-    refused = [each for each in micro_batches if args.effective_batch_size % (each * world)]
-    if refused:
-        raise SystemExit(
-            f"--micro-batches {refused}: --effective-batch-size {args.effective_batch_size} does not divide over {world} process(es)"
-        )
     with tempfile.TemporaryDirectory() as temporary:
         args.work = Path(temporary)
         possible = [size for size in MICRO_BATCHES if args.effective_batch_size % size == 0]
-        state |= prepare(args, possible)
-        gc.collect()
-        torch.cuda.empty_cache()  # the first GPU is the contenders' now
+        state |= apart(prepare, args, possible)  # the first GPU is then the contenders'
+        world = state["world"]
+        if args.shape:
+            args.model = args.tokenizer = str(args.work / "model")
         print(
             f"{args.dataset.parent.name}: {args.steps} step(s) of {args.effective_batch_size} pairs of {state['pairs']:,},", end=" "
         )
@@ -447,7 +468,7 @@ def main() -> None:
             f"{'contender':11}{'micro-batch':>12}{'s/pair':>9}{'+ pass':>9}{'computed':>10}{'padding':>9}{'2nd prompt':>11}", end=""
         )
         print(f"{'MFU':>8}{'GiB':>7}")
-        failed = []
+        failed, left_out = [], []
         contenders = args.contenders.split(",")
         names = [f"tokens:{args.tokens_per_batch}"] if "tokens" in contenders else []
         names += [f"{contender}:{size}" for size in micro_batches for contender in contenders if contender != "tokens"]
@@ -455,8 +476,13 @@ def main() -> None:
             for name in names:
                 before = state["runs"].get(name)
                 if before is None or len(before["every"]) <= repeat:
+                    begun = time.monotonic()
+                    if begun + longest > started + args.seconds:
+                        left_out += [name]
+                        continue
                     contender, _, size = name.partition(":")
                     result = measure(args, contender, int(size), world)
+                    longest = max(longest, time.monotonic() - begun)
                     if isinstance(result, str):
                         failed += [] if result == "out of memory" else [name]
                         continue
@@ -468,6 +494,8 @@ def main() -> None:
                         args.json.write_text(json.dumps(state, indent=1))
                 print(line(name, state), flush=True)
     ratios(state)
+    if left_out:
+        print(f"left out, for want of time: {', '.join(left_out)}")
     if failed:
         raise SystemExit(f"failed, and not for want of memory: {', '.join(failed)}")
 
