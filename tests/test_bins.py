@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from store.errors import InputError
 from train.balance import pairs_of_steps
-from train.bins import Bins, deal_into_bins, num_micro_steps
+from train.bins import MOST_EPOCHS, Bins, deal_into_bins, num_micro_steps, refuse_endless
 from train.data import Lengths
 from train.metrics import tokens_before
 
@@ -79,6 +80,12 @@ def test_what_is_said_names_pairs_that_exceed_the_budget():
         "1 per optimizer step on each of 2 ranks, 2 pairs each on average"
     )
     assert Bins(tokens, tokens, budget=3000, **given).describe().startswith("micro-batches of at most 3,000 tokens: 1 per")
+
+
+def test_a_run_without_end_is_refused():
+    refuse_endless(MOST_EPOCHS * 3, 3, "--max-steps")
+    with pytest.raises(InputError, match=r"--max-steps: .* at most 10,000 epochs, of 3 step\(s\) each; found 30,001 steps"):
+        refuse_endless(MOST_EPOCHS * 3 + 1, 3, "--max-steps")
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -83,6 +83,8 @@ def filled_output(config: TrainConfig) -> TrainConfig:
         (lambda config: replace(config, max_length=1), "no pair is left"),
         (float16, "float16 trains on GPUs only"),
         (lambda config: replace(config, resume=True), "no checkpoint to resume from"),
+        (lambda config: replace(config, num_train_epochs=1e9), "--num-train-epochs 1e.09: more epochs than can be planned"),
+        (lambda config: replace(config, max_steps=10**9), "--max-steps: more epochs than can be planned"),
         (lambda config: replace(config, resume=Path("nowhere")), "no complete checkpoint of a run"),
     ],
 )
@@ -292,18 +294,35 @@ def test_a_deepspeed_file_that_contradicts_the_options_is_refused_at_once(config
         plan(replace(config, zero_config=zero), world=1)
 
 
-@pytest.mark.parametrize("optim", [None, "adamw_torch", "sgd", "adamw_bnb_8bit"])
-def test_states_that_deepspeed_does_not_convert_are_refused_before_a_model_is_loaded(tmp_path, optim):
-    (tmp_path / "global_step4").mkdir()
-    (tmp_path / "latest").write_text("global_step4")
+@pytest.fixture
+def of_three_ranks(tmp_path) -> Path:
+    """The names of a checkpoint's parts, as DeepSpeed gives them."""
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / "global_step4").mkdir(parents=True)
+    (checkpoint / "latest").write_text("global_step4")
     for rank in (0, 1, 2):
-        (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    assert must_reshard(tmp_path, 2) and not must_reshard(tmp_path, 3)
+        (checkpoint / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    return checkpoint
+
+
+@pytest.mark.parametrize("optim", [None, "adamw_torch", "sgd", "adamw_bnb_8bit"])
+def test_states_that_deepspeed_does_not_convert_are_refused(of_three_ranks, optim):
+    assert must_reshard(of_three_ranks, 2) and not must_reshard(of_three_ranks, 3)
     if optim in (None, "adamw_torch"):
-        refuse_optimizer(tmp_path, optim)
+        refuse_optimizer(of_three_ranks, optim)
         return
     with pytest.raises(InputError, match=rf"--optim {optim}: .*as many processes as before \(3\)"):
-        refuse_optimizer(tmp_path, optim)
+        refuse_optimizer(of_three_ranks, optim)
+
+
+def test_they_are_refused_before_a_model_is_loaded(config, of_three_ranks):
+    resumed = replace(plan(replace(config, optim="sgd"), world=1), checkpoint=of_three_ranks)
+    with (
+        mock.patch("train.run._plan", return_value=resumed),
+        mock.patch("train.run.dpo_config", side_effect=AssertionError),
+        pytest.raises(InputError, match="as many processes as before"),
+    ):
+        train(replace(config, optim="sgd"))
 
 
 def test_last_checkpoint_is_found(config):

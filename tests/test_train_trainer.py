@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny import EXPERTS, SMALL
 from train_setup import MAX_LENGTH, make_rows, make_store, make_world
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PhimoeConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -118,6 +120,15 @@ def test_a_run_that_diverges_ends_with_one_error(world, settings):
     trainer = from_store(world, settings, learning_rate=1e30, optim="sgd")
     with pytest.raises(InputError, match=r"step 2 of 3: .* diverged; found .*, gradient norm nan. .*lower --learning-rate"):
         trainer.train()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(world, settings):
+    """Steps between two logged ones: nobody looks at their loss, and the last good checkpoint must not be the oldest of many."""
+    trainer = from_store(world, settings, learning_rate=1e30, optim="sgd", logging_steps=100, save_strategy="steps", save_steps=1)
+    with pytest.raises(InputError, match=r"step \d of 3: .* diverged; found weights that are no numbers. .*lower --learning-rate"):
+        trainer.train()
+    for checkpoint in Path(trainer.args.output_dir).glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
 def test_a_step_that_the_engine_left_out_is_no_step(world, settings):

@@ -19,7 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
+from store.errors import InputError
 from train.balance import shuffled
+
+MOST_EPOCHS = 10_000
+"""Each is dealt before the first step: a tenth of a second for 150,000 pairs."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ def num_micro_steps(tokens: np.ndarray, world: int, budget: int) -> int:
     ):
         steps += 1
     return steps
+
+
+def refuse_endless(num_steps: int, steps_per_epoch: int, where: str) -> None:
+    """InputError, which names the option `where`, for a run of more than MOST_EPOCHS."""
+    if num_steps > MOST_EPOCHS * steps_per_epoch:
+        raise InputError(
+            "more epochs than can be planned",
+            where=where,
+            expected=f"at most {MOST_EPOCHS:,} epochs, of {steps_per_epoch:,} step(s) each",
+            found=f"{num_steps:,} steps",
+        )
 
 
 def within(tokens: np.ndarray, budget: int) -> list[list[int]]:

@@ -44,6 +44,7 @@ from train import capacity, card, gate, hub, lora, record, schedule
 from train.alone import alone
 from train.balance import Shape, imbalance, shuffled
 from train.beta import beta_notice
+from train.bins import refuse_endless
 from train.checkpoint import remove_cut_short, state_of
 from train.config import TrainConfig
 from train.data import Lengths, dataset_of, lengths_of
@@ -85,6 +86,11 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     planned = _plan(rank)
     pairs, eval_pairs, lengths = _pairs(rank, planned)
     _refuse_what_this_machine_cannot(rank, planned)
+    steps_per_epoch = math.ceil(len(pairs) / planned.batch)
+    num_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+    refuse_endless(
+        num_steps, steps_per_epoch, "--max-steps" if config.max_steps else f"--num-train-epochs {config.num_train_epochs:g}"
+    )
 
     resharded = planned.checkpoint is not None and must_reshard(planned.checkpoint, rank.process.world)
     if resharded:
@@ -93,8 +99,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
     args = dpo_config(
         config, planned.policy.dtype, planned.max_length, planned.accumulation, engine_options
     )  # joins the other ranks
-    steps_of_epoch = math.ceil(len(pairs) / planned.batch)
-    if notice := schedule.tried(args, config.max_steps or math.ceil(config.num_train_epochs * steps_of_epoch)):
+    if notice := schedule.tried(args, num_steps):
         rank.say(notice)
     agree(planned.selection, args.device)
     rank.leave_if_told(args.device)

@@ -328,10 +328,13 @@ class StoreDPOTrainer(DPOTrainer):
         if math.isfinite(loss) and (self.args.fp16 or math.isfinite(grad_norm) and grad_norm >= 0) and not num_skipped:
             return
         of_skipped = f", {num_skipped:,} step(s) without effect since the last that was logged" if num_skipped else ""
-        raise InputError(
+        raise self._diverged(f"loss {loss:.4g}, gradient norm {grad_norm:.4g}{of_skipped}")
+
+    def _diverged(self, found: str) -> InputError:
+        return InputError(
             "the loss or its gradient is too large or no number: the run has diverged",
             where=f"step {self.state.global_step:,} of {self.state.max_steps:,}",
-            found=f"loss {loss:.4g}, gradient norm {grad_norm:.4g}{of_skipped}",
+            found=found,
             next="Start again with a lower --learning-rate or --max-grad-norm.",
         )
 
@@ -340,6 +343,9 @@ class StoreDPOTrainer(DPOTrainer):
             super().save_model(output_dir, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
+        # Steps between two that are logged are not looked at (_refuse_no_number).
+        if not all(torch.stack([each.isfinite().all() for each in self.model.parameters() if each.requires_grad]).tolist()):
+            raise self._diverged("weights that are no numbers")
         folder = Path(self.args.output_dir)
         with written(folder / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
