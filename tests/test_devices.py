@@ -371,7 +371,7 @@ def test_an_error_of_one_worker_is_shown_while_the_others_go_on(tmp_path):
     (tmp_path / "worker.py").write_text(
         "import os, sys, time\nfrom pathlib import Path\n"
         "if os.environ['RANK'] == '1':\n    sys.exit('Error: cuda:1 is broken.')\n"
-        "end = time.time() + 120\n"
+        "end = time.time() + 600\n"
         "while not Path(sys.argv[1]).exists() and time.time() < end:\n    time.sleep(0.05)\n"
         "print('done', file=sys.stderr)\n"
     )

@@ -286,7 +286,7 @@ def test_a_part_does_not_outlive_the_command(tmp_path, sent):
 def test_the_report_is_printed_where_it_cannot_be_written(tmp_path):
     """A folder in place of the file, as a full disk would: OSError."""
     (tmp_path / "report.md").mkdir()
-    said, error = of_report("gpu.write(Path(sys.argv[1]), '# NVIDIA')", tmp_path / "report.md").communicate(timeout=60)
+    said, error = of_report("gpu.write(Path(sys.argv[1]), '# NVIDIA')", tmp_path / "report.md").communicate(timeout=600)
     assert said.startswith("# NVIDIA")
     assert error.startswith("Error: the report cannot be written: ") and "--output FILE" in error and "Traceback" not in error
 
@@ -300,7 +300,7 @@ def test_the_report_is_printed_where_it_cannot_be_written(tmp_path):
     ],
 )
 def test_words_that_the_report_does_not_know(words, text):
-    assert text in of_report("gpu.main()", *words).communicate(timeout=60)[1]
+    assert text in of_report("gpu.main()", *words).communicate(timeout=600)[1]
 
 
 def test_a_report_about_gpus_that_cannot_be_used(tmp_path):
@@ -309,7 +309,7 @@ def test_a_report_about_gpus_that_cannot_be_used(tmp_path):
     code += (
         "def refuse(rank): raise InputError('4 GPUs are here, but PyTorch cannot use them')\ndevices.device = refuse; gpu.main()"
     )
-    error = of_report(code, "--output", tmp_path / "report.md").communicate(timeout=60)[1]
+    error = of_report(code, "--output", tmp_path / "report.md").communicate(timeout=600)[1]
     assert [line for line in error.splitlines() if "Error" in line] == ["Error: 4 GPUs are here, but PyTorch cannot use them."]
     assert not (tmp_path / "report.md").exists()
 
@@ -317,7 +317,7 @@ def test_a_report_about_gpus_that_cannot_be_used(tmp_path):
 def test_shapes_fit_the_gpu():
     """Free GiB of a small one, and of 24, 40, 48, 80, 141 and 192 GB; 18 bytes for a parameter in training, and 2 for stock's reference."""
     sizes = (4, 15, 23, 39, 44, 79, 139, 178)
-    said, error = of_report(f"print([gpu.shapes_for(gib) for gib in {sizes}])").communicate(timeout=60)
+    said, error = of_report(f"print([gpu.shapes_for(gib) for gib in {sizes}])").communicate(timeout=600)
     shapes = [("tiny", "tiny"), ("1B", "tiny"), ("7B", "1B/4"), ("7B", "1B"), ("7B", "1B"), *[("7B", "7B/4")] * 3]
     assert ast.literal_eval(said) == shapes, error
     billions = {"tiny": 0, "1B/4": 0.68, "1B": 1.48, "7B/4": 2.44, "7B": 7.30}
@@ -330,7 +330,7 @@ def test_a_part_sees_the_gpus_that_the_command_sees(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5d0,3,1")
     monkeypatch.setenv("SLURM_PROCID", "0")
     said, error = of_report("print(gpu.first_gpus(1), gpu.first_gpus(2), 'SLURM_PROCID' in gpu.own_environment())").communicate(
-        timeout=60
+        timeout=600
     )
     assert said.strip() == "{'CUDA_VISIBLE_DEVICES': 'GPU-5d0'} {'CUDA_VISIBLE_DEVICES': 'GPU-5d0,3'} False", error
 
@@ -338,5 +338,5 @@ def test_a_part_sees_the_gpus_that_the_command_sees(monkeypatch):
 def test_no_room_for_the_model_that_is_trained():
     """Said before anything is run."""
     code = "gpu.shutil.disk_usage = lambda place: type('usage', (), {'free': 2**30}); gpu.refuse_small_disk('7B/4')"
-    error = of_report(code).communicate(timeout=60)[1]
+    error = of_report(code).communicate(timeout=600)[1]
     assert re.fullmatch(r"Error: .* has 1.0 GiB free, 5.7 are needed. Name a larger place: TMPDIR=/larger make gpu\n", error)
