@@ -92,6 +92,23 @@ def test_gradients_equal_the_plain_forward(kind, gpu_path):
         torch.testing.assert_close(packed[name], expected, atol=1e-4 * scale, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_sinks_stay_with_flash_attention(gpu_path, monkeypatch):
+    """torch 2.15 computes rows of which nothing is shared by cuDNN, where that is allowed."""
+    newer, allowed = varlen.varlen_attn, []
+
+    def varlen_attn(*arguments, **options):
+        allowed.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return newer(*arguments, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    (batch,) = pack(pairs(seed=1), 100_000)
+    layout = attention.PackedLayout(batch.branches, torch.device("cpu"))
+    query, key, value = (torch.randn(1, heads, layout.num_tokens, 16) for heads in (4, 2, 2))
+    attention._attend_cuda(query, key, value, 0.3, None, layout, sinks=torch.zeros(4))
+    attention._attend_cuda(query, key, value, 0.3, None, layout)
+    assert allowed == [(True, False), (True, True)]
+
+
 @pytest.mark.parametrize("window", [None, 24])
 def test_sinks_by_log_sum_exps_are_one_more_entry_of_the_softmax(window, gpu_path):
     """Flash attention's output made smaller, and its gradient given the whole's log-sum-exps, against the softmax written out."""

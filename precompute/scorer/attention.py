@@ -267,9 +267,12 @@ class _VarlenWithSinks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, sinks, scaling, window, layout):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.attention.varlen import AuxRequest
 
-        out, lse = _varlen(query, key, value, scaling, window, layout, return_aux=AuxRequest(lse=True))
+        # Not cuDNN's, which torch 2.15 takes where nothing is shared: the backward is flash attention's, and reads these log-sum-exps.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out, lse = _varlen(query, key, value, scaling, window, layout, return_aux=AuxRequest(lse=True))
         # The kernel's log-sum-exps are [H, T].
         out = out * torch.sigmoid(lse - sinks.float()[:, None]).T[..., None].to(out.dtype)
         whole = torch.logaddexp(lse, sinks.float()[:, None])
