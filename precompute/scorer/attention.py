@@ -3,8 +3,7 @@
 Each branch sees its context and itself, causally, and within the layer's sliding window if it has one. Which of these a layer has is read from
 the mask that the model asks transformers for, as its plain forward does, and never from an argument that the plain forward ignores.
 On a GPU this is one `torch.nn.attention.varlen.varlen_attn` call per layer: flash attention that ships with PyTorch, bottom-right causal, which
-is what a branch over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py) in float32; in another dtype PyTorch's
-flash kernel per branch: once over the context, once causally over the branch itself, merged by their log-sum-exps.
+is what a branch over [context | branch] needs. On a CPU it is a kernel of this project (kernels.py), which computes in float32.
 What these kernels lack (soft-capped scores, sinks on a CPU, float32 or wide heads on a GPU) is computed block by block. No mask matrix of a
 whole row exists.
 """
@@ -39,9 +38,6 @@ WIDEST_FLASH_HEAD = 256
 
 HARMLESS = {"position_ids", "cache_position", "position_embeddings", "output_attentions", "use_cache", "sliding_window"}
 """Arguments of the attention interface that say nothing about the scores or the mask; a window is read from the mask."""
-
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
 
 KERNELS: dict[str, Any] = {
     "default": None,
@@ -294,47 +290,9 @@ class _VarlenWithSinks(torch.autograd.Function):
 
 
 def _attend_cpu(query, key, value, scaling, window, layout: PackedLayout) -> torch.Tensor:
-    if query.dtype == torch.float32:
-        return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=window)
-    results = []
-    for branch in layout.branches:
-        own = slice(branch.start, branch.stop)
-        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
-        context_k, context_v = (_stretches(tensor, branch.context) for tensor in (key, value))
-        if window is not None and branch.num_context + branch.stop - branch.start > window:
-            path_k, path_v = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
-            result = _in_blocks(q, path_k, path_v, scaling, window)
-        elif branch.context:
-            result = _ContextAndBranch.apply(q, context_k, context_v, k, v, scaling)
-        else:
-            result = _flash_cpu(q, k, v, 0.0, True, scale=scaling)[0]
-        results.append(result.transpose(1, 2))
-    return torch.cat(results, dim=1)  # branches cover the row in order
-
-
-class _ContextAndBranch(torch.autograd.Function):
-    """Attention of a branch over [context | branch], from one kernel call over each; q [1, H, L, D], context [1, Hkv, C, D].
-
-    Forward: softmax over both stretches weighs them exp(lse) / (exp(lse) + exp(lse_context)). Backward: the kernel's gradient for a part of
-    the keys is right when it is given the whole's output and log-sum-exp, for then its probabilities are those of the whole softmax.
-    """
-
-    @staticmethod
-    def forward(ctx, q, context_k, context_v, k, v, scaling):
-        result, lse = _flash_cpu(q, k, v, 0.0, True, scale=scaling)
-        over_context, lse_context = _flash_cpu(q, context_k, context_v, 0.0, False, scale=scaling)
-        result = torch.lerp(over_context, result, torch.sigmoid(lse - lse_context)[..., None].to(result.dtype))
-        ctx.save_for_backward(q, context_k, context_v, k, v, result, torch.logaddexp(lse, lse_context))
-        ctx.scaling = scaling
-        return result
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, context_k, context_v, k, v, result, lse = ctx.saved_tensors
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grad_q, grad_k, grad_v = backward(grad, q, k, v, result, lse, 0.0, True, scale=ctx.scaling)
-        grad_q_context, *grad_context = backward(grad, q, context_k, context_v, result, lse, 0.0, False, scale=ctx.scaling)
-        return grad_q + grad_q_context, *grad_context, grad_k, grad_v, None
+    # In other dtypes as flash attention computes: in float32, and what comes out is rounded once.
+    given = (tensor.float() for tensor in (query, key, value))
+    return kernels.packed_attention(*given, layout.paths, scaling=scaling, window=window).to(query.dtype)
 
 
 def _stretches(tensor: torch.Tensor, stretches: tuple[tuple[int, int], ...]) -> torch.Tensor:
