@@ -15,6 +15,9 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 export PYTHON
 
+# Where a site or --export=NONE keeps the submitting shell's variables out of the job, srun would keep the job's own out of its steps: .env's too.
+export SLURM_EXPORT_ENV=ALL
+
 # Rows and micro-batches of many lengths: without this the CUDA allocator keeps blocks that fit none of the next ones.
 if [[ -z ${PYTORCH_ALLOC_CONF:-} ]]; then
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
@@ -25,6 +28,10 @@ fi
 threads=${OMP_NUM_THREADS:-}
 share_node() {
     local gpus=${SLURM_GPUS_ON_NODE:-0}
+    if [[ ! $gpus =~ ^[0-9]+$ ]]; then
+        echo "Error: SLURM_GPUS_ON_NODE=$gpus: no number; expected how many GPUs of this node are the job's. Export it in .env." >&2
+        exit 2
+    fi
     ((gpus > 0)) || gpus=$1
     if [[ -z ${REFDPO_RANKS_PER_NODE:-} ]] && ((gpus % $1)); then
         echo "Error: --gpus-per-worker $1: some GPUs would do nothing; expected a divisor of $gpus, the number of GPUs of this node." >&2

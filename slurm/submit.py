@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,9 @@ PRECOMPUTE, TRAIN = "slurm/precompute.sbatch", "slurm/train.sbatch"
 LOGS = "logs"
 
 RESOURCES, MORE = "Resources", "Further options"
+
+OF_THE_SITE = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR"}
+"""Variables that sbatch itself reads, and that say nothing about a job."""
 
 KIND_AND_NUMBER = re.compile(r"(?:[\w.-]+:)?\d+(?:,[\w.-]+:\d+)*")
 
@@ -147,8 +151,16 @@ def submit(submission: Submission) -> tuple[str, str]:
         ) from error
 
 
+def _without_the_shells_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """Within a job, as in the shell of `srun --pty`, Slurm's variables describe that job. sbatch would hand them on, and srun in the new job reads
+    them as options: "SLURM_MEM_PER_CPU, … and SLURM_MEM_PER_NODE are mutually exclusive", or CPUs that are not there."""
+    if "SLURM_JOB_ID" not in environ:
+        return dict(environ)
+    return {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name in OF_THE_SITE}
+
+
 def _sbatch(command: list[str], folder: Path) -> str:
-    environ = os.environ | {VARIABLE: again()}  # what the jobs' own messages tell to type again
+    environ = _without_the_shells_job(os.environ) | {VARIABLE: again()}  # what the jobs' own messages tell to type again
     try:
         done = subprocess.run(command, check=False, cwd=folder, env=environ, capture_output=True, text=True)
     except FileNotFoundError as error:

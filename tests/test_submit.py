@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -197,6 +198,74 @@ def test_a_job_takes_its_workers_from_its_gpus(tmp_path):
         ({"REFDPO_RANKS_PER_NODE": "3", "SLURM_CPUS_PER_TASK": "2"}, "3 2 1 1"),
     ):
         assert in_job(say, tmp_path, **environ) == said
+
+
+def test_a_number_of_gpus_that_is_none_is_an_error_and_not_one_rank(tmp_path):
+    """Bash would take it for 0, and the script would start one rank on a node of four GPUs."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    command = ["bash", "-c", "source slurm/job.sh; echo went on"]
+    env = keep | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": "gpu:4"}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "", done.stdout
+    assert done.stderr.startswith("Error: SLURM_GPUS_ON_NODE=gpu:4: no number") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_steps_get_the_environment_of_the_job_whatever_the_job_got(tmp_path):
+    """Of --export=NONE, which srun would hand on to its tasks: they had neither .env nor PATH."""
+    assert in_job('echo "$SLURM_EXPORT_ENV"', tmp_path, SLURM_EXPORT_ENV="NONE") == "ALL"
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_first_node_alone_hosts_the_rendezvous(tmp_path):
+    """torchrun decides by the name of its machine, and where that is 127.0.1.1 no node would."""
+    program(
+        tmp_path / "scontrol", 'if [[ $2 == hostnames ]]; then echo n1; else echo "NodeName=n1 NodeAddr=10.0.0.1 State=IDLE"; fi'
+    )
+    program(tmp_path / "srun", 'while [[ $1 == --* ]]; do shift; done; for id in 0 1; do SLURM_NODEID=$id "$@"; done')
+    program(tmp_path / "python", 'echo "$@"')
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env = (
+        keep
+        | job
+        | {"SLURM_SUBMIT_DIR": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    )
+    command = ["bash", "slurm/train.sbatch", "--ref-store", "a store"]
+    done = subprocess.run(command, check=True, cwd=ROOT, env=env, capture_output=True, text=True)
+    of_nodes = [line for line in done.stdout.splitlines() if line.startswith("-m torch.distributed.run")]
+    assert [re.search(r"--rdzv-conf=is_host=(\d) ", line)[1] for line in of_nodes] == ["1", "0"], done.stdout
+    assert all(
+        "--rdzv-endpoint=10.0.0.1:20007 " in line and line.endswith("train --resume-or-start --ref-store a store")
+        for line in of_nodes
+    )
+
+
+def test_a_job_that_is_submitted_within_a_job_gets_nothing_of_it(folder, monkeypatch):
+    """In the shell of `srun --mem-per-cpu=4G --pty bash` phase 1 ended with "srun: fatal: SLURM_MEM_PER_CPU, … are mutually exclusive"."""
+    program(folder / "sbatch", f"env >> {folder}/seen; echo 7")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    (folder / "seen").touch()
+    for name, value in {
+        "SLURM_MEM_PER_CPU": "4096",
+        "SLURM_CPU_BIND": "mask_cpu:0x1",
+        "SLURM_CONF": "/etc/x",
+        "SBATCH_QOS": "low",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def seen() -> set[str]:
+        (folder / "seen").write_text("")
+        submit(*shlex.split(OWN))
+        return {line.partition("=")[0] for line in (folder / "seen").read_text().splitlines()}
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert {"SLURM_MEM_PER_CPU", "SLURM_CPU_BIND", "SLURM_CONF"} <= seen()  # a user's own
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    assert {name for name in seen() if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF", "SBATCH_QOS"}
 
 
 def test_a_job_takes_fewer_workers_where_each_has_several_gpus(tmp_path):
