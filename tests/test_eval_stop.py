@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+import torch
 from one_rank import one_rank
 from train_setup import make_rows, make_store, make_world, run_config
 
@@ -106,3 +107,28 @@ def test_a_best_checkpoint_that_is_lost_while_the_run_goes_on_is_an_error_at_its
     with one_rank():
         train_run(replace(config, resume=True, load_best_model_at_end=False))
     assert json.loads((config.output_dir / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (
+            {"tokens_per_batch": 2001, "per_device_train_batch_size": None},
+            "Use --tokens-per-batch 1000, which holds for evaluations",
+        ),
+        ({"tokens_per_batch": 100, "per_device_train_batch_size": None}, r"Lower --max-length.* the longest has \d+ tokens"),
+        ({}, "Lower --per-device-train-batch-size"),
+    ],
+)
+def test_memory_that_runs_out_in_an_evaluation_is_said_to_be_its(tmp_path, monkeypatch, options, advice):
+    """Gradient checkpointing, which a training step is told to use, saves nothing there."""
+    make_world(tmp_path, 8)
+    config = run_config(tmp_path, max_steps=1, eval_steps=1, eval_fraction=0.3, save_strategy="no", effective_batch_size=4)
+    config = replace(config, gradient_checkpointing=False, **options)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried 5 GiB.")
+
+    monkeypatch.setattr(train.evaluate, "watch", full)
+    with one_rank(), pytest.raises(InputError, match=f"out of memory in an evaluation; found CUDA out.*{advice}"):
+        train_run(config)

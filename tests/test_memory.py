@@ -66,8 +66,16 @@ def test_what_does_not_fit_at_all_is_said_with_the_numbers():
         InputError, match="longest pair.*expected 41.2 GiB for the engine and 20,000 tokens.*found 40 GiB.*--max-length"
     ):
         choose(no_row, longest=20_000, most_useful=100_000, gradient_checkpointing=None)
-    with pytest.raises(InputError, match="optimizer's step.*expected 39 GiB.*found 30 GiB.*more GPUs"):
+    with pytest.raises(InputError, match="optimizer's states.*expected 39 GiB.*found 30 GiB.*more GPUs"):
         choose(Measured(**vars(B200) | {"free": 30 * GIB}), longest=100, most_useful=1000, gradient_checkpointing=None)
+    larger = Measured(**vars(B200) | {"backward": 151 * GIB})  # a shorter pair would not help
+    with pytest.raises(InputError, match="optimizer's states.*expected 151 GiB.*found 148 GiB.*more GPUs"):
+        choose(larger, longest=100, most_useful=1000, gradient_checkpointing=None)
+    nothing = Measured(**vars(no_row) | {"checkpointed": Cost(math.inf, 0.0)})
+    for checkpointing, words in ((None, "with gradient.*Free memory"), (False, "without gradient.*Use --gradient-checkpointing")):
+        with pytest.raises(InputError, match=f"measured row itself does not fit the memory {words}.*give.* a number") as error:
+            choose(nothing, longest=100, most_useful=1000, gradient_checkpointing=checkpointing)
+        assert "expected room for 4,096 tokens" in str(error.value)
 
 
 OLMO_3_32B = 2 * 100278 * 5120 + 64 * (2 * 5120**2 + 2 * 5120 * 1024 + 3 * 5120 * 27648 + 5120 + 1024 + 2 * 5120) + 5120

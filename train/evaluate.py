@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from precompute.scorer.api import enough_memory
 from train.data import REFERENCE
 from train.metrics import gathering
 from train.packed import PER_TOKEN
@@ -45,7 +46,8 @@ class Told:
 def evaluate(trainer: DPOTrainer, dataset: Dataset, rank: int, world: int) -> tuple[float, dict[str, list[float]]]:
     """(loss, TRL's metrics as `trainer._metrics` has them) of the pairs of `dataset`. Every rank calls it, and all get the same.
 
-    Raises Dropped where a callback's `on_prediction_step`, which all ranks call once per batch of any, asks to stop.
+    Raises Dropped where a callback's `on_prediction_step`, which all ranks call once per batch of any, asks to stop, and InputError where memory
+    runs out.
     """
     batches = trainer.eval_batches(dataset)
     loader = DataLoader(
@@ -62,7 +64,8 @@ def evaluate(trainer: DPOTrainer, dataset: Dataset, rank: int, world: int) -> tu
         if trainer.control.should_epoch_stop:
             raise Dropped
         if inputs is not None:
-            mine.append(watch(trainer, trainer._prepare_inputs(inputs)))
+            with enough_memory("in an evaluation", trainer.smaller_eval_batches(dataset)):
+                mine.append(watch(trainer, trainer._prepare_inputs(inputs)))
     everyones = [mine]
     if world > 1:
         everyones = [None] * world if rank == 0 else None

@@ -112,11 +112,11 @@ def choose(measured: Measured, *, longest: int, most_useful: int, gradient_check
 
     Raises InputError where the engine or the longest pair does not fit.
     """
-    if measured.step > measured.free:
+    if (engine := max(measured.backward, measured.step)) > measured.free:
         raise InputError(
-            "the optimizer's step does not fit the memory",
+            "gradients and the optimizer's states do not fit the memory",
             where="--tokens-per-batch auto",
-            expected=f"{measured.step / GIB:.3g} GiB for this model's gradients and Adam's states",
+            expected=f"{engine / GIB:.3g} GiB for DeepSpeed's engine, beside the weights",
             found=f"{measured.free / GIB:.3g} GiB that may be used",
             next="Train on more GPUs, which share them, or free memory (other processes?).",
         )
@@ -127,8 +127,16 @@ def choose(measured: Measured, *, longest: int, most_useful: int, gradient_check
         useful = min(USEFUL, most_useful) if gradient_checkpointing is None and not checkpointing else 0
         if fitting >= max(longest, useful):
             return MemoryPlan(checkpointing, max(longest, min(MOST, fitting) // 1024 * 1024), measured)
+    how = f"{'with' if checkpointing else 'without'} gradient checkpointing"
+    if math.isinf(cost.per_unit):
+        raise InputError(
+            f"the measured row itself does not fit the memory {how}",
+            where="--tokens-per-batch auto",
+            expected=f"room for {PROBES['cuda'][-1]:,} tokens beside the weights",
+            next=f"{'Free memory (other processes?)' if checkpointing else 'Use --gradient-checkpointing'}, or give --tokens-per-batch a number.",
+        )
     raise InputError(
-        f"the longest pair does not fit the memory {'with' if checkpointing else 'without'} gradient checkpointing",
+        f"the longest pair does not fit the memory {how}",
         where="--tokens-per-batch auto",
         expected=f"{(measured.backward + cost.of(longest)) / GIB:.3g} GiB for the engine and {longest:,} tokens",
         found=f"{measured.free / GIB:.3g} GiB that may be used",

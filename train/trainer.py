@@ -219,6 +219,15 @@ class StoreDPOTrainer(DPOTrainer):
         size = 1 if self.aux_loss_enabled else self.args.eval_batch_size
         return [list(range(start, min(start + size, len(dataset)))) for start in range(0, len(dataset), size)]
 
+    def smaller_eval_batches(self, dataset: Dataset) -> str:
+        """What to do where the memory does not hold one of `eval_batches`."""
+        if self.bins is None:
+            return "Lower --per-device-train-batch-size, which an evaluation's batches have too, or --max-length."
+        longest, smaller = int(lengths_in(dataset).packed.max()), self.bins.budget // 2
+        if longest <= smaller:
+            return f"Use --tokens-per-batch {smaller}, which holds for evaluations too."
+        return f"Lower --max-length, for a pair goes alone at the least, and the longest has {longest:,} tokens."
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         of_engine = getattr(optimizer or self.optimizer, "optimizer", None)  # as accelerate wraps it
         if not hasattr(of_engine, "defaults") and hasattr(of_engine, "optimizer"):
