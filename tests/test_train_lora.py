@@ -242,6 +242,20 @@ def test_a_fresh_adapter_adds_nothing_and_is_known_when_it_does():
         lora.fresh(make_model("llama"), gaussian, seed=0)
 
 
+def test_an_adapter_of_embeddings_is_fresh_too_but_for_those_that_the_head_shares():
+    """peft starts it with A = 0 and a random B."""
+    kind = lora.kind_of(config(use_peft=True, lora_target_modules=("embed_tokens", "q_proj")), None)
+    ids, model = torch.arange(2, 40)[None], make_model("qwen2")
+    before = model(input_ids=ids).logits
+    policy = lora.fresh(model, kind, seed=0)
+    assert torch.equal(policy(input_ids=ids).logits, before)
+    self_test_policy(make_model("qwen2"), "float32", "packed", adapt=lora.on_twin(kind))
+    next(weight for name, weight in policy.named_parameters() if "lora_embedding_A" in name).data[0, 0] = 1e-6
+    assert not lora.adds_nothing(policy)
+    with pytest.raises(InputError, match="the head shares the embeddings"):
+        lora.fresh(make_model("llama"), kind, seed=0)
+
+
 def test_the_adapters_dropout_stays_only_where_it_was_asked_for():
     policy = lora.fresh(make_model("llama"), lora.kind_of(config(use_peft=True, lora_dropout=0.3), None), seed=0)
     shares = lambda: {each.p for each in policy.modules() if isinstance(each, torch.nn.Dropout)}

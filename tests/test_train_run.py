@@ -8,13 +8,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 from store_samples import make_identity, make_store
-from train_setup import run_config
+from train_setup import make_tokenizer, run_config
 
 from launch import Process
+from precompute.scorer.model import tokenizer_sha256
 from stop import Stopped
 from store.errors import InputError, RefdpoError, StoreError
 from train import record
@@ -285,6 +287,24 @@ def test_a_policy_that_is_gone_is_refused_at_once(config, tmp_path):
         gone = replace(config, **{option: str(tmp_path / "gone")})
         with pytest.raises(InputError, match=f"{words} .*no such folder"):
             plan(gone, world=1)
+
+
+def test_a_tokenizer_without_padding_is_refused_before_the_model_is_loaded(config, tmp_path):
+    """The file that its advice is about does not change what the store's identity says of a tokenizer."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "words")
+    bare = replace(config, tokenizer=str(tmp_path / "words"))
+    with (
+        mock.patch("train.run.dpo_config", return_value=SimpleNamespace(device="cpu")),
+        mock.patch.multiple("train.run", agree=mock.DEFAULT, schedule=mock.DEFAULT, capacity=mock.DEFAULT),
+        mock.patch("train.run.load_model", side_effect=AssertionError),
+        pytest.raises(InputError, match="names no token that fills up a batch.*found pad_token None, eos_token None"),
+    ):
+        train(bare)
+    before = tokenizer_sha256(tokenizer)
+    tokenizer.pad_token = "<pad>"
+    assert tokenizer_sha256(tokenizer) == before
 
 
 def test_a_deepspeed_file_that_contradicts_the_options_is_refused_at_once(config, tmp_path):

@@ -1,11 +1,13 @@
 """LoRA (arXiv 2106.09685): the policy is a frozen base, and beside some of its layers a small adapter that is trained, as peft computes it.
 
-y = W x + s B A x, with W frozen, s = alpha / r (rsLoRA, arXiv 2312.03732: alpha / sqrt(r)). A fresh adapter has B = 0, so that the policy starts
-as its base, which is then the store's reference. An adapter that is trained on starts as what it is: its merge is the reference.
+y = W x + s B A x, with W frozen, s = alpha / r (rsLoRA, arXiv 2312.03732: alpha / sqrt(r)). A fresh adapter has B = 0 (of embeddings
+A = 0), so that the policy starts as its base, which is then the store's reference. An adapter that is trained on starts as what it is: its merge is
+the reference.
 
 peft is imported where it is used: who trains all weights does not need it.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -83,15 +85,16 @@ def fresh(model: PreTrainedModel, kind: "LoraConfig", *, seed: int) -> "PeftMode
             next="Give --lora-target-modules all-linear, or names of layers such as q_proj,v_proj.",
         ) from error
     _refuse_at_head(policy, "--lora-target-modules")
+    _refuse_shared(policy)
     if not adds_nothing(policy):
         raise InputError("peft's fresh adapter changes the policy at once, so that it is not the reference", where="--use-peft")
     return policy
 
 
 def adds_nothing(policy: "PeftModel") -> bool:
-    """Whether every B is zero: base + 0 is the base, to the bit."""
-    of_b = [weight for name, weight in policy.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
-    return bool(of_b) and not any(bool(weight.any()) for weight in of_b)
+    """Whether every B is zero, and of embeddings every A, which peft starts the other way round: base + 0 is the base, to the bit."""
+    at_zero = [weight for name, weight in policy.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
+    return bool(at_zero) and not any(bool(weight.any()) for weight in at_zero)
 
 
 def going_on(base: PreTrainedModel, adapter: Adapter) -> "PeftModel":
@@ -112,15 +115,28 @@ def _refuse_at_head(policy: "PeftModel", where: str) -> None:
         )
 
 
+def _refuse_shared(policy: "PeftModel") -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = policy.get_base_model()
+    if base.config.get_text_config().tie_word_embeddings and isinstance(base.get_input_embeddings(), BaseTunerLayer):
+        raise InputError(
+            "the head shares the embeddings, and would not get what their adapter adds: the trained model would have no merge",
+            where="--lora-target-modules",
+            next="Leave the embeddings out; all-linear does.",
+        )
+
+
 def on_twin(kind: "LoraConfig") -> Callable[[PreTrainedModel], PreTrainedModel]:
     """For the self-test: gives a small twin of the policy an adapter of that kind, without dropout, that adds something and is trained."""
     kind = replace(kind, lora_dropout=0.0, inference_mode=False, init_lora_weights=True, layers_to_transform=None)
 
     def adapt(twin: PreTrainedModel) -> PreTrainedModel:
+        untouched = copy.deepcopy(twin)
         try:
             policy = fresh(twin, kind, seed=0)
         except InputError:  # it has fewer layers, and none of those that were named
-            policy = fresh(twin, replace(kind, target_modules="all-linear"), seed=0)
+            policy = fresh(untouched, replace(kind, target_modules="all-linear"), seed=0)
         generator = torch.Generator().manual_seed(0)
         for weight in (each for each in policy.parameters() if each.requires_grad):
             weight.data = 0.1 * torch.randn(weight.shape, generator=generator).to(weight)

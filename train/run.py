@@ -244,6 +244,7 @@ def _load_policy(
     differ from a plain forward's."""
     config, policy = rank.config, planned.policy
     tokenizer = load_tokenizer(policy.tokenizer, revision=policy.tokenizer_revision, chat_template=config.chat_template)
+    refuse_no_padding(tokenizer, policy.tokenizer)
     model = load_model(
         policy.name,
         revision=policy.revision,
@@ -435,6 +436,18 @@ def budget_of(config: TrainConfig, memory_plan: MemoryPlan | None = None) -> int
     if config.tokens_per_batch != "auto":
         return config.tokens_per_batch
     return DEFAULT_TOKENS if memory_plan is None else memory_plan.tokens_per_batch
+
+
+def refuse_no_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """InputError for a tokenizer with nothing to fill up a batch with, which TRL's trainer refuses once the model is loaded."""
+    if (tokenizer.pad_token or tokenizer.eos_token) not in tokenizer.get_vocab():
+        raise InputError(
+            "the tokenizer names no token that fills up a batch",
+            where=name,
+            expected="pad_token, or eos_token to take its place",
+            found=f"pad_token {tokenizer.pad_token}, eos_token {tokenizer.eos_token}",
+            next='Add "pad_token": "…" with any of its special tokens to its tokenizer_config.json: the store is still the same.',
+        )
 
 
 def router_notice(model: PreTrainedModel, config: TrainConfig) -> str | None:
