@@ -45,6 +45,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from apart import apart
 from shapes import SHAPES, num_parameters
 
+OF_A_RUN = ("log_probs", "entropy", "mean_logits", "is_top1")
+"""What a training run asks the head for: its loss and TRL's metrics."""
+
 BUDGETS = (2048, 4096, 8192, 16384, 32768)
 GIB = 2**30
 
@@ -240,7 +243,8 @@ def part_scoring(shape: str, seconds: float) -> None:
     budgets = (256, 512) if small else BUDGETS
 
     def measured(budget: int) -> list[str]:
-        batches = list(pack(sequences_of(3 * budget, min(8192, budget), vocabulary), budget))[:4]
+        *whole, _ = pack(sequences_of(4 * budget, min(8192, budget), vocabulary), budget)  # the last holds what was left over
+        batches = whole[:4]
         try:
             with ready_to_score(model):
                 score_packed(model, batches[0]).cpu()
@@ -359,7 +363,7 @@ def part_profile(shape: str, seconds: float) -> None:
     ids, mask, labels = (each.to(model.device) for each in (ids, mask, labels))
 
     def micro_step():
-        packed_forward(model, ids, mask, labels, ("log_probs",)).loss.backward()
+        packed_forward(model, ids, mask, labels, OF_A_RUN).loss.backward()
         model.zero_grad()
 
     def of_micro_step() -> dict:
@@ -380,7 +384,8 @@ def part_profile(shape: str, seconds: float) -> None:
         sys.stdout.flush()
 
     measured["a training micro-step"] = of_micro_step()
-    print(f"Shape {shape}, {len(batch.input_ids):,} tokens, by the profiler", end="")
+    how = "" if small else ", the micro-step with gradient checkpointing"
+    print(f"Shape {shape}, {len(batch.input_ids):,} tokens{how}, by the profiler", end="")
     on_device = all(each["device"] for each in measured.values())
     print(".\n" if on_device else "; it has no times of kernels here, so these are the host's, by operator.\n")
     show(measured)
@@ -500,7 +505,7 @@ def part_training(shape: str, seconds: float) -> None:
         ]
         command += ["--micro-batches", "2" if small else "1,2,4", "--tokens-per-batch", 512 if small else 16384]
         print(
-            f"Shape {shape}, random weights; the first step is left out. Times are seconds of the clock per pair.\n\n```",
+            f"Shape {shape}, random weights, with gradient checkpointing; the first step is left out. Times are seconds of the clock per pair.\n\n```",
             flush=True,
         )
         command += ["--seconds", f"{end - time.monotonic() - 5:.0f}"]  # the last lines compare what there is by then

@@ -463,7 +463,7 @@ def main() -> None:
             print(f"  {name:7} {packed:7.0f} tokens per pair with each prompt once; padded, times that, at micro-batch {shares}")
         # Phase 1 is done again on each start.
         state["phase1_per_pair"] = state["phase1"] / (args.steps * args.effective_batch_size) / world
-        print(f"phase 1 scored in {state['phase1_per_pair']:.2f} s per pair", flush=True)
+        print(f"phase 1 scored in {shown(state['phase1_per_pair'])} s per pair", flush=True)
         print(
             f"{'contender':11}{'micro-batch':>12}{'s/pair':>9}{'+ pass':>9}{'computed':>10}{'padding':>9}{'2nd prompt':>11}", end=""
         )
@@ -519,6 +519,11 @@ def pass_per_pair(contender: str, state: dict) -> float:
     return min(each["pass_seconds"] / each["pairs"] for name, each in state["runs"].items() if name.startswith("precompute:"))
 
 
+def shown(seconds: float) -> str:
+    """Of a pair: a CPU needs many, a GPU hundredths of one."""
+    return f"{seconds:.2f}" if seconds >= 1 or not seconds else f"{seconds:.3g}"
+
+
 def line(name: str, state: dict) -> str:
     contender, _, micro_batch = name.partition(":")
     run = state["runs"][name]
@@ -527,10 +532,10 @@ def line(name: str, state: dict) -> str:
     padding, second = 1 - run["tokens"] / run["padded_tokens"], (run["tokens"] - run["packed_tokens"]) / run["padded_tokens"]
     shares = ("—", "—") if contender in OURS else (f"{padding:.0%}", f"{second:.0%}")
     mfu = f"{run['flops'] / run['seconds'] / (run['peak'] * run['world']):.1%}" if run["peak"] else "—"
-    text = f"{contender:11}{micro_batch:>12}{run['seconds'] / run['pairs']:9.2f}{one_pass:9.2f}{computed:10,}"
+    text = f"{contender:11}{micro_batch:>12}{shown(run['seconds'] / run['pairs']):>9}{shown(one_pass):>9}{computed:10,}"
     text += f"{shares[0]:>9}{shares[1]:>11}{mfu:>8}{run['memory'] / 2**30:7.2f}"
     if len(run["every"]) > 1:
-        text += f"  of {', '.join(f'{each:.2f}' for each in run['every'])}"
+        text += f"  of {', '.join(map(shown, run['every']))}"
     if bare := run["bare"]:
         products = bare["linear"] + bare["head"] + bare["attention"]
         text += f"\n  its bare products {products:.1f} of {bare['steps']:.1f} s: {products / bare['steps']:.2f}; attention's {bare['attention']:.1f},"
@@ -550,7 +555,7 @@ def ratios(state: dict) -> None:
         if not ours:
             return
         best = min(ours, key=ours.get)
-        print(f"{title}: of ours {best[0]} at {best[1]} is best, {ours[best]:.2f} s per pair")
+        print(f"{title}: of ours {best[0]} at {best[1]} is best, {shown(ours[best])} s per pair")
         for other in ("online", "precompute", "padded"):
             theirs = {size: value for (contender, size), value in seconds.items() if contender == other}
             if theirs:

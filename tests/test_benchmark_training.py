@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from training import choose, refuse_other_pairs, tokens_per_pair
+from training import choose, refuse_other_pairs, shown, tokens_per_pair
 
 
 def test_tokens_per_pair_by_hand():
@@ -34,3 +34,14 @@ def test_other_pairs_are_not_compared():
     runs["packed:4"] = {"seen": [["a"], ["b", "d"]]}
     with pytest.raises(SystemExit, match="step 1: packed:4 trained on other pairs than online:1"):
         refuse_other_pairs(runs, "packed:4")
+
+
+def test_seconds_of_a_pair_have_digits_on_any_device():
+    assert [shown(seconds) for seconds in (0.0, 0.00712, 0.0213, 0.634, 19.53, 123.4)] == [
+        "0.00",
+        "0.00712",
+        "0.0213",
+        "0.634",
+        "19.53",
+        "123.40",
+    ]
