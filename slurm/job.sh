@@ -106,6 +106,8 @@ run_step() {
         code=$?
         kill -0 "$step" 2>/dev/null || break # else a signal interrupted the wait
     done
+    # "I can go on", which workers say themselves; torchrun has one code for all that can happen.
+    [[ -z $told || $code == 0 ]] || code=75
     if [[ $told == USR1 && $code != 0 ]]; then
         echo "$(date -Is) told to stop before the time limit; requeueing"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile

@@ -28,7 +28,8 @@ RESOURCES, MORE = "Resources", "Further options"
 OF_THE_SITE = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK", "SLURM_DEBUG_FLAGS", "SLURM_EXIT_ERROR"}
 """Variables that sbatch itself reads, and that say nothing about a job."""
 
-KIND_AND_NUMBER = re.compile(r"(?:[\w.-]+:)?\d+(?:,[\w.-]+:\d+)*")
+KIND_AND_NUMBER = re.compile(r"(?!gpu:)(?:[\w.-]+:)?\d+(?:,[\w.-]+:\d+)*")
+"""gpu:4 is what --gres takes; to --gpus-per-node it is a kind of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)

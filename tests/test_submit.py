@@ -87,6 +87,7 @@ OWN = "--dataset pairs.jsonl --precompute-args '--model ./model --max-length 64 
         ),
         ("--dataset think --train-nodes 3 --train-args '--per-device-train-batch-size 1'", "does not divide over 12 devices"),
         ("--dataset think --gpus h100", "expected 4, or with the kind: h100:4"),
+        ("--dataset think --gpus gpu:4", "expected 4, or with the kind: h100:4"),
         ("--dataset think --gpus gpu:h100:4", "expected 4, or with the kind: h100:4"),
         (
             "--dataset think --precompute-gpus h100:4 --precompute-args '--gpus-per-worker 3'",
@@ -213,6 +214,19 @@ def test_a_number_of_gpus_that_is_none_is_an_error_and_not_one_rank(tmp_path):
 def test_steps_get_the_environment_of_the_job_whatever_the_job_got(tmp_path):
     """Of --export=NONE, which srun would hand on to its tasks: they had neither .env nor PATH."""
     assert in_job('echo "$SLURM_EXPORT_ENV"', tmp_path, SLURM_EXPORT_ENV="NONE") == "ALL"
+
+
+@pytest.mark.parametrize(("sent", "own", "code"), [("TERM", 1, 75), ("TERM", 0, 0), (None, 1, 1)])
+def test_a_step_that_was_told_to_stop_ends_with_the_code_that_says_so(tmp_path, sent, own, code):
+    """torchrun's is 1, as for a failure. What ended well has ended well."""
+    step = f"trap 'kill $!; exit {own}' TERM; touch started; sleep 60 & wait $!" if sent else f"exit {own}"
+    tell = f"(until [[ -f started ]]; do sleep 0.05; done; kill -{sent} $$) &" if sent else ""
+    script = f"source slurm/job.sh\n{tell}\ntrap 'echo code $?' EXIT\nrun_step bash -c {shlex.quote(step)}"
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env = keep | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_JOB_NODELIST": "n1"}
+    command = ["bash", "-c", script]
+    done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"code {code}", done.stdout + done.stderr
 
 
 def program(path: Path, text: str) -> None:
