@@ -49,7 +49,7 @@ def evaluate(trainer: DPOTrainer, dataset: Dataset, rank: int, world: int) -> tu
     Raises Dropped where a callback's `on_prediction_step`, which all ranks call once per batch of any, asks to stop, and InputError where memory
     runs out.
     """
-    batches = trainer.eval_batches(dataset)
+    batches, advice = trainer.eval_batches(dataset), trainer.smaller_eval_batches(dataset)
     loader = DataLoader(
         dataset,
         batch_sampler=batches[rank::world],
@@ -64,7 +64,7 @@ def evaluate(trainer: DPOTrainer, dataset: Dataset, rank: int, world: int) -> tu
         if trainer.control.should_epoch_stop:
             raise Dropped
         if inputs is not None:
-            with enough_memory("in an evaluation", trainer.smaller_eval_batches(dataset)):
+            with enough_memory("in an evaluation", advice):
                 mine.append(watch(trainer, trainer._prepare_inputs(inputs)))
     everyones = [mine]
     if world > 1:
