@@ -36,6 +36,7 @@ from precompute.scorer.api import (
     give_back_freed_memory,
     keep_freed_memory,
     largest_budget,
+    more_room,
     named_compiler,
     named_kernel,
     score_batches,
@@ -68,8 +69,7 @@ def run(config: PrecomputeConfig, process: Process) -> Manifest:
     unusable input, StoreError for a store that is damaged or of another identity, Stopped when told to stop; what is published stays.
     """
     budget = "--tokens-per-batch auto, which measures" if config.tokens_per_batch != "auto" else "--tokens-per-batch with a number"
-    advice = f"Use {budget}, or spread the model: --gpus-per-worker {2 * config.gpus_per_worker}"
-    with listening() as stop, enough_memory("while scoring", advice):
+    with listening() as stop, enough_memory("while scoring", lambda: f"Use {budget}, or {more_room(config.gpus_per_worker)}"):
         return _run(config, process, stop)
 
 

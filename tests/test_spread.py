@@ -12,7 +12,8 @@ import cli
 import devices
 import launch
 from precompute.scorer import model as loading
-from precompute.scorer.spread import largest_share, runs
+from precompute.scorer.budget import enough_memory
+from precompute.scorer.spread import largest_share, more_room, runs
 from store.errors import InputError
 
 GIB = 2**30
@@ -156,3 +157,23 @@ def test_weights_that_do_not_fit_are_refused_by_number(monkeypatch, tiny_olmo3):
     with pytest.raises(InputError, match="do not fit on each of 2 GPUs.*It needs larger GPUs, or more than the 4 that are here"):
         ask(1000, number=2)
     loading.refuse_too_large(str(tiny_olmo3), revision=None, dtype="float32", devices=(torch.device("cpu"),))
+
+
+@pytest.mark.parametrize(
+    ("there", "number", "advice"),
+    [
+        (8, 1, "spread the model: --gpus-per-worker 2"),
+        (8, 4, "spread the model: --gpus-per-worker 8"),
+        (3, 1, "spread the model: --gpus-per-worker 3"),  # two would leave one idle
+        (1, 1, "take GPUs that have more."),
+        (4, 4, "take GPUs that have more."),
+    ],
+)
+def test_memory_that_runs_out_names_gpus_that_are_there(monkeypatch, there, number, advice):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert more_room(number) == advice
+    with (
+        pytest.raises(InputError, match=f"out of memory here; found CUDA out of memory. {advice}"),
+        enough_memory("here", lambda: advice),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")

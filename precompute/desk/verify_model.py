@@ -10,6 +10,7 @@ from precompute.scorer.api import (
     TOLERANCE,
     enough_memory,
     load_model,
+    more_room,
     named_kernel,
     refuse_too_large,
     rescore,
@@ -65,7 +66,7 @@ def verify_model(
     others = [what for what, now, stored in checked if now != stored]
     with named_kernel(attention_kernel):
         print(self_test(loaded, identity.dtype, layout=layout))
-    with enough_memory("while scoring again", f"Spread the model: --gpus-per-worker {2 * len(where)}"):
+    with enough_memory("while scoring again", f"Free memory (other processes?), or {more_room(len(where))}"):
         result = rescore(loaded, store, num_pairs=num_pairs, seed=seed, layout=layout)
     of = "completion's mean" if identity.sums_only else "token"
     print(

@@ -41,4 +41,5 @@ from precompute.scorer.rescore import TOLERANCE, Rescored, rescore
 from precompute.scorer.rope import refuse_dynamic, refuse_mixed, together
 from precompute.scorer.scoring import SCORER_VERSION, score, score_batches
 from precompute.scorer.self_test import SelfTest, alone_logps, attempt, compare, made_up, self_test
+from precompute.scorer.spread import more_room
 from precompute.scorer.twin import twin_of

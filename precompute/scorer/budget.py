@@ -36,12 +36,17 @@ MOST = 65536
 
 
 @contextmanager
-def enough_memory(what: str, advice: str) -> Iterator[None]:
-    """Around what needs a GPU's memory: too little is an InputError that says `what` ran out, and with `advice` which option helps."""
+def enough_memory(what: str, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Around what needs a GPU's memory: too little is an InputError that says `what` ran out, and with `advice` which option helps. Callable: where
+    no GPU was asked yet."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"out of memory {what}", found=" ".join(str(error).split())[:300], next=advice) from error
+        raise InputError(
+            f"out of memory {what}",
+            found=" ".join(str(error).split())[:300].rstrip("."),
+            next=advice() if callable(advice) else advice,
+        ) from error
 
 
 def largest_budget(model: PreTrainedModel, *, layout: Layout, max_length: int, num_workers: int) -> int:

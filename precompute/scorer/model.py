@@ -22,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from precompute.scorer import checkpoint
 from precompute.scorer.adapter import Adapter, adapter_of, merged
 from precompute.scorer.budget import SHARE, enough_memory, free_memory
-from precompute.scorer.spread import devices_of, largest_share, spread
+from precompute.scorer.spread import devices_of, larger_numbers, largest_share, spread
 from store.errors import InputError
 
 VOLATILE_CONFIG = {
@@ -105,7 +105,7 @@ def refuse_too_large(name: str, *, revision: str | None, dtype: str, devices: tu
     if (needed := largest_share(model, len(devices))) <= room:
         return
     there = torch.cuda.device_count()
-    enough = next((n for n in range(len(devices) + 1, there + 1) if there % n == 0 and largest_share(model, n) <= room), None)
+    enough = next((number for number in larger_numbers(len(devices)) if largest_share(model, number) <= room), None)
     on = f"on each of {len(devices)} GPUs" if len(devices) > 1 else "on one GPU"
     raise InputError(
         f"the model's weights do not fit {on}",

@@ -24,7 +24,7 @@ from precompute.scorer.budget import enough_memory
 from precompute.scorer.compiled import advice, compiler_wanted
 from precompute.scorer.packing import MIN_SHARED, Sequence
 from precompute.scorer.scoring import score
-from precompute.scorer.spread import devices_of
+from precompute.scorer.spread import devices_of, more_room
 from precompute.scorer.twin import lengths_of, twin_of
 from store.errors import InputError
 
@@ -81,7 +81,7 @@ def self_test(model: PreTrainedModel, dtype: str, *, layout: Layout = "packed", 
         advice=advice("Use --layout padded for this model.")
         if layout == "packed"
         else "Its padded batches mix their rows: use --tokens-per-batch 1, which scores each sequence alone.",
-        for_room=f"Free memory (other processes?), or spread the model: --gpus-per-worker {2 * len(devices_of(model))}",
+        for_room=f"Free memory (other processes?), or {more_room(len(devices_of(model)))}",
     )
 
 

@@ -53,6 +53,18 @@ def largest_share(model: PreTrainedModel, num_devices: int) -> int:
     return max(sum(sizes[run.start : run.stop]) for run in runs(sizes, num_devices))
 
 
+def larger_numbers(number: int) -> list[int]:
+    """Of GPUs per worker, above `number`: those that leave none of this machine's idle."""
+    there = torch.cuda.device_count()
+    return [larger for larger in range(number + 1, there + 1) if there % larger == 0]
+
+
+def more_room(number: int) -> str:
+    """What to do where `number` GPUs per worker have too little memory, as the end of a sentence."""
+    larger = larger_numbers(number)
+    return f"spread the model: --gpus-per-worker {larger[0]}" if larger else "take GPUs that have more."
+
+
 def runs(sizes: Sequence[int], num_runs: int) -> list[range]:
     """Indices of `sizes` (positive) in consecutive runs, as many as asked for unless there are fewer sizes; the largest sum of a run is as small
     as it can be. [1, 1, 1, 9] in two: [0, 1, 2] and [3]."""
