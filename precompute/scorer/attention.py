@@ -291,8 +291,9 @@ class _VarlenWithSinks(torch.autograd.Function):
 
 def _attend_cpu(query, key, value, scaling, window, layout: PackedLayout) -> torch.Tensor:
     # In other dtypes as flash attention computes: in float32, and what comes out is rounded once.
-    given = (tensor.float() for tensor in (query, key, value))
-    return kernels.packed_attention(*given, layout.paths, scaling=scaling, window=window).to(query.dtype)
+    dtype = query.dtype
+    query, key, value = (tensor.float() for tensor in (query, key, value))
+    return kernels.packed_attention(query, key, value, layout.paths, scaling=scaling, window=window).to(dtype)
 
 
 def _stretches(tensor: torch.Tensor, stretches: tuple[tuple[int, int], ...]) -> torch.Tensor:
