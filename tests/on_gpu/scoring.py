@@ -145,6 +145,20 @@ def test_launches_and_waits_of_a_batch(kind, launches):
     assert seen["to device"] <= 8  # ids, positions, predictors, targets, and what attention needs
 
 
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("kind", ("gpt_oss", "qwen2_moe"))
+def test_experts_of_one_product_as_checkpoints_load_them(kind, dtype):
+    """transformers' default: all experts' tokens in one grouped product."""
+    model = tiny.make_unusual(kind).to(getattr(torch, dtype)).to(DEVICE)
+    model.set_experts_implementation("grouped_mm")
+    sequences = pairs(seed=5, num=4)
+    self_test(model, dtype)
+    self_test_policy(model, dtype, "packed")
+    expected = np.concatenate(score(tiny.make_unusual(kind), sequences, layout="padded", tokens_per_batch=1))
+    found = np.concatenate(score(model, sequences, layout="packed", tokens_per_batch=TOKENS_PER_BATCH))
+    assert np.abs(found - expected).mean() < 4 * NOISE[dtype]
+
+
 def cost_of_a_layer(norms, checkpointing: bool) -> tuple[float, float]:
     """Of a training forward and backward at OLMo 3's proportions: what is kept per token in units of its hidden state, and launches."""
     seen = []
