@@ -383,12 +383,14 @@ def part_profile(shape: str, seconds: float) -> None:
                 print(f"Other, in {what}: {', '.join(each['other'])}\n")
         sys.stdout.flush()
 
-    measured["a training micro-step"] = of_micro_step()
-    how = "" if small else ", the micro-step with gradient checkpointing"
-    print(f"Shape {shape}, {len(batch.input_ids):,} tokens{how}, by the profiler", end="")
-    on_device = all(each["device"] for each in measured.values())
-    print(".\n" if on_device else "; it has no times of kernels here, so these are the host's, by operator.\n")
-    show(measured)
+    try:
+        measured["a training micro-step"] = of_micro_step()
+    finally:  # scoring's all the same
+        how = "" if small else ", the micro-step with gradient checkpointing"
+        print(f"Shape {shape}, {len(batch.input_ids):,} tokens{how}, by the profiler", end="")
+        on_device = all(each["device"] for each in measured.values())
+        print(".\n" if on_device else "; it has no times of kernels here, so these are the host's, by operator.\n")
+        show(measured)
     compiled = _compiled(of_micro_step)  # last, for it may take longer than there is time
     if isinstance(compiled, str):
         print(f"Not compiled: {compiled}\n")
@@ -614,7 +616,12 @@ def main() -> None:
         parser.error(f"--shapes {','.join(unknown)}: no such shape; there are {', '.join(SHAPES)}")
     if args.part:
         scored, trained = args.shapes.split(",")
-        return globals()[f"part_{args.part}"](scored if args.part == "scoring" else trained, args.seconds)
+        from store.errors import InputError
+
+        try:
+            return globals()[f"part_{args.part}"](scored if args.part == "scoring" else trained, args.seconds)
+        except InputError as error:
+            raise SystemExit(f"Error: {error}") from None
 
     for sent, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
         signal.signal(sent, lambda *_, code=code: sys.exit(code))  # so that run_part ends its part
@@ -632,7 +639,7 @@ def main() -> None:
             markdown, good = "This machine has one GPU.\n", True
         else:
             share = PARTS[name] / sum(PARTS[each] for each in parts[index:] if each != "several" or about["GPUs"] > 1)
-            seconds = share * (end - time.monotonic())
+            seconds = max(0.0, share * (end - time.monotonic()))
             print(f"{name}: {seconds:.0f} s at most", flush=True)
             markdown, good = run_part(name, shapes, seconds)
         failed += [] if good else [name]

@@ -283,6 +283,25 @@ def test_a_part_does_not_outlive_the_command(tmp_path, sent):
     assert (tmp_path / "report.md").read_text().startswith("# none")
 
 
+def test_a_part_that_cannot_go_on_says_why_in_one_line():
+    code = "from store.errors import InputError\n"
+    code += (
+        "def refuse(shape, seconds): raise InputError('does not fit', next='Free memory.')\ngpu.part_scoring = refuse; gpu.main()"
+    )
+    error = of_report(code, "--part", "scoring", "--shapes", "tiny,tiny", "--seconds", "5").communicate(timeout=600)[1]
+    assert error == "Error: does not fit. Free memory.\n"
+
+
+@pytest.mark.slow
+def test_the_profile_of_scoring_stays_where_training_has_too_little_memory(tmp_path):
+    command = ["benchmarks/gpu.py", "--minutes", "100", "--parts", "profile", "--output", tmp_path / "report.md"]
+    if torch.cuda.is_available():
+        pytest.skip("a real GPU's memory is what it is")
+    run(command, environment(1, gib=0.012), code=1)
+    report = (tmp_path / "report.md").read_text()
+    assert re.search(r"^\| matrix products \| [\d.]+% \|$", report, re.MULTILINE) and "OutOfMemoryError" in report, report
+
+
 def test_the_report_is_printed_where_it_cannot_be_written(tmp_path):
     """A folder in place of the file, as a full disk would: OSError."""
     (tmp_path / "report.md").mkdir()
