@@ -103,10 +103,15 @@ def test_a_best_checkpoint_that_is_lost_while_the_run_goes_on_is_an_error_at_its
     monkeypatch.setattr(train.evaluate, "watch", lost)
     with one_rank(), pytest.raises(InputError, match=f"{best}: the checkpoint that evaluated best so far is not there"):
         train_run(config)
-    assert state_of(config.output_dir / "checkpoint-2") is not None
+    last = config.output_dir / "checkpoint-2"
+    assert state_of(last) is not None
+    # As a start on two ranks leaves it that is killed while it converts the optimizer's states.
+    (last / "global_step2_universal" / "zero").mkdir(parents=True)
+    (last / "latest_universal").write_text("global_step2_universal")
     with one_rank():
         train_run(replace(config, resume=True, load_best_model_at_end=False))
     assert json.loads((config.output_dir / "run.json").read_text())["status"] == "finished"
+    assert not list(last.glob("*universal*"))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,24 @@ def test_dropped_pairs_are_counted_on_screen(config, capsys):
     assert "of 10 pairs dropped: their prompt alone fills max length 20" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("fraction", [None, 0.4])
+def test_dropped_pairs_of_an_evaluation_are_counted_too(config, capsys, fraction):
+    """With the numbers of the plan, which what is trained and evaluated on is made of."""
+    stores = () if fraction is not None else (f"held={config.ref_store}", f"other={config.ref_store}")
+    short = replace(config, max_length=20, eval_fraction=fraction, eval_ref_store=stores)
+    planned = plan(short, world=1)
+    with mock.patch("train.run.dpo_config", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train(short)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "to evaluate on" in line and "dropped" in line]
+    asked = 10 if fraction is None else len(planned.selection.eval)
+    expected = [
+        f"{asked - len(rows)} of {asked} pairs to evaluate on{f' ({name})' if name else ''} dropped: their prompt alone fills max length 20"
+        for name, (_, rows) in planned.evals.items()
+        if len(rows) < asked
+    ]
+    assert lines == expected and expected
+
+
 def test_default_policy_is_the_stores_model_at_its_revision(config):
     identity = make_identity()
     assert vars(policy_of(config, identity)) == {

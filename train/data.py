@@ -153,7 +153,7 @@ def fitting(store: Store, max_length: int, ld_alpha: float | None = None, positi
         positions = positions[fits(lengths, max_length).to_numpy(zero_copy_only=False)[positions]]
     if not len(positions):
         raise InputError(
-            "no pair is left to train on",
+            "no pair is left",
             where=f"{store.path}, --max-length {max_length}",
             found=f"{store.num_pairs} pairs in the store",
         )

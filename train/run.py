@@ -8,6 +8,7 @@
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ from train.plan import Plan, plan, refuse_folder
 from train.progress import ProgressLines
 from train.ranks import agree, join, peak_memory, refuse_abandoned_build
 from train.record import TrainResult
-from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, refuse_optimizer, write_whole
+from train.reshard import ENGINE_OPTION, RemoveWhole, must_reshard, refuse_optimizer, remove_whole, write_whole
 from train.saving import written
 from train.self_test import self_test_policy
 from train.summary import summary
@@ -144,6 +145,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> TrainResult:
         record.write(config.output_dir, planned.course)
         for removed in remove_cut_short(config.output_dir):
             rank.say(f"{removed} was cut short: removed")
+        if planned.checkpoint is not None and not resharded:
+            remove_whole(planned.checkpoint)  # of a start on another number of ranks that was killed
     with record.keeping_status(config.output_dir) if rank.first else nullcontext():
         if resharded:
             _reshard(rank, planned.checkpoint, trainer)
@@ -218,10 +221,26 @@ def _pairs(rank: _Rank, planned: Plan) -> tuple[Dataset, Dataset | dict[str, Dat
         rank.say(preset.note)
     if not planned.selection.everything:
         rank.say(planned.selection)
-    if len(pairs) < len(planned.selection.train):
-        dropped, of = len(planned.selection.train) - len(pairs), len(planned.selection.train)
-        rank.say(f"{dropped:,} of {of:,} pairs dropped: their prompt alone fills max length {planned.max_length}")
+    for line in _dropped(planned):
+        rank.say(line)
     return pairs, eval_pairs, lengths_of(pairs, planned.store, planned.max_length)
+
+
+def _dropped(planned: Plan) -> Iterator[str]:
+    """A line for the pairs to train on, and for each set to evaluate on, of which max length leaves too little."""
+    of_train = "", len(planned.selection.train), len(planned.train)
+    of_evals = [
+        (
+            f" to evaluate on{f' ({name})' if name else ''}",
+            store.num_pairs if planned.selection.eval_fraction is None else len(planned.selection.eval),
+            len(rows),
+        )
+        for name, (store, rows) in planned.evals.items()
+    ]
+    why = "their prompt alone fills" if planned.store.identity.scored_turns is None else "a side has no turn to score within"
+    for what, asked, kept in (of_train, *of_evals):
+        if kept < asked:
+            yield f"{asked - kept:,} of {asked:,} pairs{what} dropped: {why} max length {planned.max_length}"
 
 
 def _refuse_what_this_machine_cannot(rank: _Rank, planned: Plan) -> None:
