@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,21 @@ def test_dropped_pairs_are_counted_on_screen(config, capsys):
     with mock.patch("train.run.dpo_config", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         train(replace(config, max_length=20))
     assert "of 10 pairs dropped: their prompt alone fills max length 20" in capsys.readouterr().out
+
+
+def test_pairs_that_are_evaluated_and_trained_on_are_counted(config, capsys):
+    make_store(config.ref_store.parent / "first", make_identity(num_rows=4, max_length=64))
+    stores = (f"same={config.ref_store}", f"first={config.ref_store.parent / 'first'}")
+    for given, expected in (
+        ({"eval_ref_store": stores}, ["10 of 10 (same)", "4 of 4 (first)"]),
+        ({"eval_ref_store": stores, "where": "row in (3, 7)"}, ["2 of 10 (same)", "1 of 4 (first)"]),
+        ({"eval_ref_store": stores[1:], "where": "row > 3"}, []),
+        ({"eval_fraction": 0.4}, []),
+    ):
+        with mock.patch("train.run.dpo_config", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            train(replace(config, **given))
+        said = re.findall(r"^(.* of .*) pairs to evaluate on (.*) are trained on too$", capsys.readouterr().out, re.MULTILINE)
+        assert [" ".join(each) for each in said] == expected
 
 
 @pytest.mark.parametrize("fraction", [None, 0.4])

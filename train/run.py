@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.distributed
 from datasets import Dataset
@@ -221,7 +222,7 @@ def _pairs(rank: _Rank, planned: Plan) -> tuple[Dataset, Dataset | dict[str, Dat
         rank.say(preset.note)
     if not planned.selection.everything:
         rank.say(planned.selection)
-    for line in _dropped(planned):
+    for line in (*_dropped(planned), *_trained_on_too(planned)):
         rank.say(line)
     return pairs, eval_pairs, lengths_of(pairs, planned.store, planned.max_length)
 
@@ -241,6 +242,18 @@ def _dropped(planned: Plan) -> Iterator[str]:
     for what, asked, kept in (of_train, *of_evals):
         if kept < asked:
             yield f"{asked - kept:,} of {asked:,} pairs{what} dropped: {why} max length {planned.max_length}"
+
+
+def _trained_on_too(planned: Plan) -> Iterator[str]:
+    """A line for each evaluation store with pairs that are trained on, by the hashes of their content."""
+    stores = {name: (store, rows) for name, (store, rows) in planned.evals.items() if store is not planned.store}
+    if not stores:
+        return
+    trained = planned.store.columns(["pair_id"]).column(0).take(planned.train)
+    for name, (store, rows) in stores.items():
+        both = pc.sum(pc.is_in(store.columns(["pair_id"]).column(0).take(rows), value_set=trained)).as_py()
+        if both:
+            yield f"{both:,} of {len(rows):,} pairs to evaluate on{f' ({name})' if name else ''} are trained on too"
 
 
 def _refuse_what_this_machine_cannot(rank: _Rank, planned: Plan) -> None:
