@@ -98,7 +98,7 @@ run_step() {
     local step code told=""
     trap 'told=USR1; kill -USR1 "$step"' USR1
     trap 'told=TERM; kill -TERM "$step"' TERM
-    echo "$(date -Is) $SLURM_JOB_NAME $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
+    echo "$(date -Is) $SLURM_JOB_NAME $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)):$(printf ' %q' "$@")"
     "$@" &
     step=$!
     while true; do
