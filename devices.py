@@ -107,7 +107,7 @@ def named_gpus() -> list[str] | None:
 
 def hidden() -> bool:
     """Whether CUDA_VISIBLE_DEVICES asks for no GPU."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in NO_GPU
+    return named_gpus() == [] or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in NO_GPU
 
 
 def device(local_rank: int):

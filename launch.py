@@ -33,12 +33,16 @@ def launched() -> Process | None:
     environ = os.environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return Process(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
-    # The batch script itself also has SLURM_PROCID; only inside a step did srun number the processes.
-    if environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ:
+    if _in_step():
         task = Process(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"]))
         # The only task of a step is a machine of its own, too: it starts a process for each of its GPUs.
         return None if task == Process(rank=0, world=1, local_rank=0) else task
     return None
+
+
+def _in_step() -> bool:
+    """Whether srun numbered this process. The batch script itself also has SLURM_PROCID."""
+    return os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in os.environ
 
 
 def place_among_all(process: Process) -> tuple[int, int]:
@@ -63,7 +67,8 @@ def num_local_processes(requested: int | None, default_without_gpu: int, gpus_pe
             next="Use one that is." if most == 0 else f"Use one that is, or --num-workers {most}.",
         )
     if requested is None:
-        return most or default_without_gpu
+        # A task of srun without a GPU is one process, as Slurm was told; a machine that nobody divided may be two.
+        return most or (1 if _in_step() else default_without_gpu)
     if requested < 1 or (gpus and requested > most):
         raise InputError("no such number of processes", expected=f"1 to {most if gpus else 'the number of cores'}", found=requested)
     return requested

@@ -1,11 +1,11 @@
 """Are the installed packages new enough? Older ones start, and end in a traceback from inside a library, after a long time or with other numbers."""
 
+import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 from store.errors import InputError
 
@@ -22,7 +22,7 @@ def refuse_old_packages() -> None:
             installed = version(requirement.name)
         except PackageNotFoundError:
             installed = None
-        if installed is None or Version(installed).base_version not in requirement.specifier:
+        if installed is None or _numbers(installed) not in requirement.specifier:
             raise InputError(
                 "the package is missing" if installed is None else "the package is too old",
                 where=requirement.name,
@@ -30,6 +30,11 @@ def refuse_old_packages() -> None:
                 found=installed or "none",
                 next=f'Install it: uv pip install "{requirement}" (or pip install).',
             )
+
+
+def _numbers(installed: str) -> str:
+    numbers = re.match(r"\d+(\.\d+)*", installed)  # of a build of one's own, what follows may be anything
+    return numbers[0] if numbers else "0"
 
 
 def _required() -> list[Requirement]:

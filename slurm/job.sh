@@ -95,19 +95,20 @@ near_gpus() {
 # run_step COMMAND…: run it and exit as it does. SIGUSR1, which Slurm sends some time before the limit (--signal), reaches the workers; they put
 # their work down and the job is requeued. SIGTERM reaches them too, but whoever sends it decides about requeueing: preemption does, scancel not.
 run_step() {
-    local step code told=""
-    trap 'told=USR1; kill -USR1 "$step"' USR1
-    trap 'told=TERM; kill -TERM "$step"' TERM
+    local step code interrupted told=""
+    trap 'told=USR1 interrupted=1; kill -USR1 "$step"' USR1
+    trap 'told=TERM interrupted=1; kill -TERM "$step"' TERM
     echo "$(date -Is) $SLURM_JOB_NAME $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)):$(printf ' %q' "$@")"
     "$@" &
     step=$!
     while true; do
+        interrupted=""
         wait "$step"
         code=$?
-        kill -0 "$step" 2>/dev/null || break # else a signal interrupted the wait
+        [[ -n $interrupted ]] || break # by a signal: the step is at work still, or has ended, and Bash remembers how
     done
-    # "I can go on", which workers say themselves; torchrun has one code for all that can happen.
-    [[ -z $told || $code == 0 ]] || code=75
+    # "I can go on", which workers say themselves; torchrun ends with 1 whatever its ranks said.
+    if [[ -n $told && $code == 1 && "$*" == *torch.distributed.run* ]]; then code=75; fi
     if [[ $told == USR1 && $code != 0 ]]; then
         echo "$(date -Is) told to stop before the time limit; requeueing"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile

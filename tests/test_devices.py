@@ -99,7 +99,7 @@ def test_gpus_that_the_job_may_not_open_are_not_there(machine, monkeypatch):
     assert devices.num_gpus() == 0
 
 
-@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
+@pytest.mark.parametrize("visible", ["", "-1", "-1,0", "NoDevFiles"])
 def test_gpus_hidden_on_purpose(machine, visible):
     machine(counted=4, files=4, said=TOO_OLD, visible=visible)
     assert devices.num_gpus() == 0
@@ -356,12 +356,17 @@ def test_one_gpu_for_all_tasks_of_the_second_node(machine, monkeypatch):
 
 
 def test_a_step_of_one_task_starts_its_own_processes(monkeypatch):
-    """srun --ntasks=1 --gpus=4: one for each GPU, as without Slurm."""
+    """srun --ntasks=1 --gpus=4: one for each GPU, as without Slurm; without a GPU it is one process, as without srun it is not."""
+    monkeypatch.setattr(launch, "num_gpus", lambda: 0)
+    assert launch.num_local_processes(None, 2) == 2
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"STEP_ID": "0", "PROCID": "0", "NTASKS": "1", "LOCALID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert launch.launched() is None
+    assert launch.num_local_processes(None, 2) == 1
+    monkeypatch.setattr(launch, "num_gpus", lambda: 4)
+    assert launch.num_local_processes(None, 2) == 4
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert launch.launched() == launch.Process(0, 2, 0)
 

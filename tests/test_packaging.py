@@ -86,7 +86,7 @@ def test_an_older_package_is_refused_before_it_is_imported(tmp_path, name, found
 def test_a_missing_package_is_refused_and_a_containers_build_is_not(monkeypatch):
     installed = dict.fromkeys((Requirement(each).name for each in PROJECT["project"]["dependencies"]), "9999.1")
     monkeypatch.setattr(versions, "version", lambda name: installed[name])
-    for build in ("2.11.0a0+1a2b3c.nv26.1", "2.11.0+cu128", "2.13.0.dev20261126"):
+    for build in ("2.11.0a0+1a2b3c.nv26.1", "2.11.0+cu128", "2.13.0.dev20261126", "2.11.0-custom-build"):
         installed["torch"] = build
         versions.refuse_old_packages()
 

@@ -42,6 +42,12 @@ def test_arguments_that_give_no_rate_are_refused(tmp_path, kind, given, words):
     assert all(word in str(refusal.value) for word in words)
 
 
+def test_a_warmup_that_leaves_no_step_to_a_polynomial_is_refused(tmp_path):
+    """Its rate after the last step is a division by no steps, which ended a run that was done."""
+    with pytest.raises(InputError, match="division by zero.* Shorten the warm-up, which takes 1 of 1 step"):
+        tried(args(tmp_path, "polynomial", warmup=1), num_steps=1)
+
+
 NEEDED = {"min_lr_rate": 0.1}
 
 

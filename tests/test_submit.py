@@ -216,16 +216,26 @@ def test_steps_get_the_environment_of_the_job_whatever_the_job_got(tmp_path):
     assert in_job('echo "$SLURM_EXPORT_ENV"', tmp_path, SLURM_EXPORT_ENV="NONE") == "ALL"
 
 
-@pytest.mark.parametrize(("sent", "own", "code"), [("TERM", 1, 75), ("TERM", 0, 0), (None, 1, 1)])
-def test_a_step_that_was_told_to_stop_ends_with_the_code_that_says_so(tmp_path, sent, own, code):
-    """torchrun's is 1, as for a failure. What ended well has ended well."""
-    step = f"trap 'kill $!; exit {own}' TERM; touch started; sleep 60 & wait $!" if sent else f"exit {own}"
-    tell = f"(until [[ -f started ]]; do sleep 0.05; done; kill -{sent} $$) &" if sent else ""
-    script = f"source slurm/job.sh\n{tell}\ntrap 'echo code $?' EXIT\nrun_step bash -c {shlex.quote(step)}"
+@pytest.mark.parametrize(
+    ("sent", "own", "launcher", "code"),
+    [
+        ("TERM", 1, "torch.distributed.run", 75),
+        ("TERM", 0, "torch.distributed.run", 0),
+        (None, 1, "torch.distributed.run", 1),
+        ("TERM", 2, "torch.distributed.run", 2),
+        ("TERM", 1, "cli.py", 1),
+    ],
+)
+def test_a_step_that_was_told_to_stop_ends_with_the_code_that_says_so(tmp_path, sent, own, launcher, code):
+    """torchrun's is 1, as for a failure. What ended well has ended well, and workers say themselves how they ended."""
+    flag = shlex.quote(str(tmp_path / "started"))
+    step = f"sleep 600 & trap 'kill $!; exit {own}' TERM; touch {flag}; wait $!" if sent else f"exit {own}"
+    tell = f"(until [[ -f {flag} ]]; do sleep 0.05; done; kill -{sent} $$) &" if sent else ""
+    script = f"source slurm/job.sh\n{tell}\ntrap 'echo code $?' EXIT\nrun_step bash -c {shlex.quote(step)} {launcher}"
     keep = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     env = keep | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_JOB_NODELIST": "n1"}
     command = ["bash", "-c", script]
-    done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines()[-1] == f"code {code}", done.stdout + done.stderr
 
 

@@ -4,7 +4,7 @@ TRL averages what it computes of single batches: a last batch of two pairs count
 count twice. Here:
 
 1. run      each rank runs the policy on batches that no other rank has        TRL's own call of the model, watched
-2. keep     what the head says of each completion token: some 13 bytes          `Told`
+2. keep     what the head says of each completion token: some 20 bytes          `Told`
 3. replay   rank 0 runs TRL's loss on the tokens of all pairs as one batch      on the CPU, where there is room
 """
 

@@ -21,17 +21,19 @@ REACHED = 0.99
 def tried(args: DPOConfig, num_steps: int) -> str | None:
     """What is said of a schedule that never reaches the learning rate of `args` in its `num_steps` optimizer steps; None: it does.
 
-    Raises InputError for arguments with which there is no learning rate at some step.
+    Raises InputError for arguments with which there is no learning rate at some step, the one after the last among them: it is asked for too.
     """
     kind, given = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
     where = f"--lr-scheduler-type {kind}" + (f" --lr-scheduler-kwargs '{json.dumps(given)}'" if given else "")
-    advice = f"Change --lr-scheduler-kwargs; {kind} has {', '.join(SCHEDULES[kind])}."
     warmup = args.get_warmup_steps(num_steps)
+    advice = f"Change --lr-scheduler-kwargs; {kind} has {', '.join(SCHEDULES[kind])}."
+    if warmup >= num_steps:
+        advice = f"Shorten the warm-up, which takes {warmup:,} of {num_steps:,} step(s): --warmup-steps 0, say. Or c{advice[1:]}"
     steps = np.unique([*np.linspace(0, num_steps - 1, MOST_STEPS, dtype=int), *np.clip([warmup - 1, warmup], 0, num_steps - 1)])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
         schedule = get_scheduler(kind, optimizer, warmup, num_steps, dict(given))
-        shares = [schedule.lr_lambdas[0](step) for step in steps.tolist()]
+        *shares, _ = (schedule.lr_lambdas[0](step) for step in (*steps.tolist(), num_steps))
         usable = all(math.isfinite(share) and share >= 0 for share in shares)
     except (ArithmeticError, LookupError, TypeError, UnboundLocalError, ValueError) as error:
         raise InputError(f"no schedule can be made of these arguments: {error}", where=where, next=advice) from error
