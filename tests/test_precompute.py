@@ -152,7 +152,8 @@ def test_a_killed_run_is_finished_by_others_to_the_same_bytes(one_worker, rows, 
     done = len(shard_bytes(store))
     assert 5 <= done < 18 and not (store / "_manifest.json").exists()
     _, err = finish(start(command(rows, tiny_olmo3, store, "--num-workers", "2")))
-    assert "rows are done, going on" in err
+    # The first worker says so, unless the other has begun so much earlier that it is done.
+    assert "rows are done, going on" in err or "sealed already, nothing to score" in err, err
     assert shard_bytes(store) == shard_bytes(one_worker)
     assert verify(store) == []
 
