@@ -379,6 +379,14 @@ def test_they_are_refused_before_a_model_is_loaded(config, of_three_ranks):
         train(replace(config, optim="sgd"))
 
 
+def test_a_warmup_that_had_no_effect_is_not_another_course(tmp_path, config):
+    constant = replace(config, lr_scheduler_type="constant", warmup_ratio=0.0)
+    before = started(constant)
+    before["config"]["warmup_ratio"] = 0.1  # as an earlier state wrote it
+    record.write(tmp_path / "run", before)
+    record.compare_with_started(tmp_path / "run" / "checkpoint-10", started(constant))
+
+
 def test_last_checkpoint_is_found(config):
     for step in (9, 10):
         (config.output_dir / f"checkpoint-{step}").mkdir(parents=True)

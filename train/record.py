@@ -24,7 +24,7 @@ from store.errors import InputError, RefdpoError
 from store.manifest import Identity, causes
 from train import alone, zero
 from train.checkpoint import COMPLETE, best_of, cut_short, damage, last_checkpoint, model_only, refuse_lost_best, state_of
-from train.choices import SORT_PAIRS
+from train.choices import SORT_PAIRS, WITHOUT_WARMUP
 from train.config import DEFAULTS, FREE_ON_RESUME, TrainConfig
 
 NAME = "run.json"
@@ -250,6 +250,8 @@ def _course(content: dict) -> dict:
     config = content["config"] | {name: [*value] if isinstance(value, tuple) else value for name, value in absent.items()}
     settings = {name: value for name, value in config.items() if name not in FREE_ON_RESUME}
     settings |= {name: content[name] for name in ("dtype", "max_length", "effective_batch_size")}
+    if settings.get("lr_scheduler_type") in WITHOUT_WARMUP:
+        settings |= {"warmup_ratio": 0.0, "warmup_steps": None}  # an earlier state recorded some, which had no effect
     if not set(SORT_PAIRS).isdisjoint(settings["loss_type"]):
         settings["per_device_train_batch_size"] = content["config"]["per_device_train_batch_size"]
     return settings | {"selection": content.get("selection", {}).get("pair_ids_sha256")}
