@@ -6,13 +6,11 @@ import re
 import warnings
 from pathlib import Path
 
+from store.command import in_step
 from store.errors import InputError
 
 DEVICE_FILES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 """Where NVIDIA's driver shows its GPUs and its version."""
-
-NO_GPU = ("", "-1", "NoDevFiles")
-"""Values of CUDA_VISIBLE_DEVICES that mean "none": by hand, and Slurm's for a job without GPUs."""
 
 ON_PURPOSE = 'To run on the CPU on purpose: export CUDA_VISIBLE_DEVICES=""'
 
@@ -106,8 +104,8 @@ def named_gpus() -> list[str] | None:
 
 
 def hidden() -> bool:
-    """Whether CUDA_VISIBLE_DEVICES asks for no GPU."""
-    return named_gpus() == [] or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in NO_GPU
+    """Whether CUDA_VISIBLE_DEVICES asks for no GPU: by hand, or as Slurm does for a job without any (NoDevFiles)."""
+    return named_gpus() in ([], ["NoDevFiles"])
 
 
 def device(local_rank: int):
@@ -218,7 +216,7 @@ def _shares_its_gpus(gpus: int, number: int) -> bool:
 
 def _is_one_of_srun() -> bool:
     """Whether srun started this process and others, and nobody between: a launcher numbers its processes by RANK."""
-    return "RANK" not in os.environ and os.environ.get("SLURM_STEP_ID", "").isdigit() and os.environ.get("SLURM_NTASKS") != "1"
+    return "RANK" not in os.environ and in_step() and os.environ.get("SLURM_NTASKS") != "1"
 
 
 def _tasks_here() -> int:

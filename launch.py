@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from devices import num_gpus
 from stop import SIGNALS, STOP_TRAINING, Stopped, passing_on
-from store.command import again
+from store.command import again, in_step
 from store.errors import InputError
 
 SIGNALS_TO_HANDLE = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -33,16 +33,12 @@ def launched() -> Process | None:
     environ = os.environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return Process(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
-    if _in_step():
+    # The batch script itself also has SLURM_PROCID; only inside a step did srun number the processes.
+    if in_step() and "SLURM_PROCID" in environ:
         task = Process(int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"]))
         # The only task of a step is a machine of its own, too: it starts a process for each of its GPUs.
         return None if task == Process(rank=0, world=1, local_rank=0) else task
     return None
-
-
-def _in_step() -> bool:
-    """Whether srun numbered this process. The batch script itself also has SLURM_PROCID."""
-    return os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in os.environ
 
 
 def place_among_all(process: Process) -> tuple[int, int]:
@@ -68,7 +64,7 @@ def num_local_processes(requested: int | None, default_without_gpu: int, gpus_pe
         )
     if requested is None:
         # A task of srun without a GPU is one process, as Slurm was told; a machine that nobody divided may be two.
-        return most or (1 if _in_step() else default_without_gpu)
+        return most or (1 if in_step() else default_without_gpu)
     if requested < 1 or (gpus and requested > most):
         raise InputError("no such number of processes", expected=f"1 to {most if gpus else 'the number of cores'}", found=requested)
     return requested

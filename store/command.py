@@ -139,9 +139,14 @@ def _typed() -> list[str]:
     while arguments and (process := _parent(process)) and (above := _command_line(process))[-len(arguments) :] == arguments:
         words = above
     words = _without_interpreter(words)
-    if os.environ.get("SLURM_STEP_ID", "").isdigit() and Path(words[0]).name != "srun":
+    if in_step() and Path(words[0]).name != "srun":
         words = [*_srun(), *words]  # not among the ancestors: Slurm's daemon starts the tasks
     return words
+
+
+def in_step() -> bool:
+    """Whether srun started this process, or what did: a batch script is a step without a number."""
+    return os.environ.get("SLURM_STEP_ID", "").isdigit()
 
 
 def _parent(process: int) -> int:
