@@ -185,18 +185,24 @@ class Packed {
     Buffer columns_, rows_;
 };
 
+// sums[r][0 .. WIDTH) += sum over i of factors[i * EACH + r * EACH_ROW] vectors[i * step .. + WIDTH); the sums stay in registers
+template <int NUM_ROWS, int EACH, int EACH_ROW>
+__attribute__((always_inline)) inline void add_up(Floats (&sums)[NUM_ROWS][2], const float* factors, const float* vectors, int64_t step, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const Floats left = load(vectors + i * step), right = load(vectors + i * step + LANES);
+#pragma GCC unroll 12
+        for (int r = 0; r < NUM_ROWS; r++) {
+            const Floats factor = all(factors[i * EACH + r * EACH_ROW]);
+            sums[r][0] += factor * left;
+            sums[r][1] += factor * right;
+        }
+    }
+}
+
 // scores[r][0 .. WIDTH) = sum over channels of queries[channel][r] keys[channel][0 .. WIDTH)
 inline void score(const float* queries, const float* keys, float* scores, int64_t depth) {
     Floats sums[ROWS][2] = {};
-    for (int64_t channel = 0; channel < depth; channel++) {
-        const Floats left = load(keys + channel * WIDTH), right = load(keys + channel * WIDTH + LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++) {
-            const Floats query = all(queries[channel * ROWS + r]);
-            sums[r][0] += query * left;
-            sums[r][1] += query * right;
-        }
-    }
+    add_up<ROWS, ROWS, 1>(sums, queries, keys, WIDTH, depth);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++) {
         store(scores + r * KEYS, sums[r][0]);
@@ -212,15 +218,7 @@ inline void weigh(const float* weights, const float* values, const float* shrink
         sums[r][0] = load(out + r * channels) * all(shrink[r]);
         sums[r][1] = load(out + r * channels + LANES) * all(shrink[r]);
     }
-    for (int64_t key = 0; key < num_keys; key++) {
-        const Floats left = load(values + key * WIDTH), right = load(values + key * WIDTH + LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++) {
-            const Floats weight = all(weights[r * KEYS + key]);
-            sums[r][0] += weight * left;
-            sums[r][1] += weight * right;
-        }
-    }
+    add_up<ROWS, 1, KEYS>(sums, weights, values, WIDTH, num_keys);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++) {
         store(out + r * channels, sums[r][0]);
@@ -327,15 +325,7 @@ constexpr int SOME_KEYS = LANES >= 16 ? 8 : 4;    // whose sums over rows stay i
 // out[key][0 .. WIDTH) += sum over rows of weights[row][key] vectors[row][0 .. WIDTH), for SOME_KEYS keys
 inline void weigh_rows(const float* weights, const float* vectors, float* out, int64_t channels, int64_t num_rows) {
     Floats sums[SOME_KEYS][2] = {};
-    for (int64_t row = 0; row < num_rows; row++) {
-        const Floats left = load(vectors + row * channels), right = load(vectors + row * channels + LANES);
-#pragma GCC unroll 8
-        for (int key = 0; key < SOME_KEYS; key++) {
-            const Floats weight = all(weights[row * KEYS + key]);
-            sums[key][0] += weight * left;
-            sums[key][1] += weight * right;
-        }
-    }
+    add_up<SOME_KEYS, KEYS, 1>(sums, weights, vectors, channels, num_rows);
 #pragma GCC unroll 8
     for (int key = 0; key < SOME_KEYS; key++) {
         store(out + key * channels, load(out + key * channels) + sums[key][0]);
