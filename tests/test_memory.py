@@ -148,23 +148,32 @@ def of_tensors(model, checkpointing: bool, num_tokens: int) -> int:
     return int(np.cumsum([event.nbytes() for event in sorted(taken, key=lambda event: event.start_ns())]).max())
 
 
+@pytest.fixture(scope="module")
+def tensors(model) -> dict[bool, dict[int, int]]:
+    """Without and with checkpointing, by tokens."""
+    lengths = (*memory.PROBES["cpu"], 2000)
+    return {
+        checkpointing: {tokens: of_tensors(model, checkpointing, tokens) for tokens in lengths} for checkpointing in (False, True)
+    }
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_rows_predict_a_longer_one(model, checkpointing):
+def test_two_rows_predict_a_longer_one(tensors, checkpointing):
     """Of 2,000 tokens, from 128 and 512."""
-    rows = [(tokens, of_tensors(model, checkpointing, tokens)) for tokens in (*memory.PROBES["cpu"], 2000)]
-    cost, (_, longer) = Cost.through(*rows[:2]), rows[2]
+    *probes, (_, longer) = tensors[checkpointing].items()
+    cost = Cost.through(*probes)
     layers = 8 * 256 * 4  # bytes of the hidden states between layers, per token
     assert 1 * layers < cost.per_unit < (8 if checkpointing else 40) * layers
     assert 0.93 * longer < cost.of(2000) < 1.07 * longer
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_of_the_process_is_that_of_the_tensors_and_what_lies_between(model, checkpointing):
+def test_memory_of_the_process_is_that_of_the_tensors_and_what_lies_between(model, tensors, checkpointing):
     """glibc loses as much again in blocks of less than a megabyte, here between those of checkpointed layers, more or less of it by what the
     process did before."""
     cost = memory._of_micro_steps(model, checkpointing)
     for tokens in (512, 2000):
-        assert 0.8 < cost.of(tokens) / of_tensors(model, checkpointing, tokens) < 4
+        assert 0.8 < cost.of(tokens) / tensors[checkpointing][tokens] < 4
     assert all(each.grad is None for each in model.parameters())
 
 
